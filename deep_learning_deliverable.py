@@ -56,6 +56,7 @@ import time
 import typing
 import urllib.error
 import urllib.request
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,8 +73,8 @@ try:  # torchvision, scikit-learn, matplotlib and seaborn load where they are us
 except ModuleNotFoundError as missing:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: the package {missing.name!r} is not installed. Try:\n"
-             f"  {Path(sys.executable).name} -m pip install torch torchvision scikit-learn matplotlib seaborn numpy tqdm")
+    sys.exit(f"error: the package {missing.name!r} is not installed; try: "
+             "pip install torch torchvision scikit-learn matplotlib seaborn numpy tqdm")
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ 1  Constants and errors                                                                                          ║
@@ -183,7 +184,7 @@ class Config:
     data: str = setting("data", "auto", "real, offline (built in), or auto: real if it is there or can be downloaded",
                         choices=("auto", "real", "offline"))
     data_dir: str = setting("data", "", "where data sets lie or are put (default: $DLD_DATA_DIR or data)")
-    val_fraction: float = setting("data", 0.1, "share of the training data held out for validation", low=0.001, high=0.5)
+    val_fraction: float = setting("data", 0.1, "share of the training data kept for validation", low=0.001, high=0.5)
     limit: int = setting("data", 0, "use at most this many samples of each split (0: all)", low=0)
     augment: bool = setting("data", True, "vary training pictures: shift, rotate, and mirror where that is harmless")
     max_tokens: int = setting("data", 400, "text: longer ones keep their beginning and their end", low=2)
@@ -267,7 +268,15 @@ class Runtime:
         """One line for people."""
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
-        return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads), {self.precision}"
+        return f"{self.device.type} ({cpu_name()}, {torch.get_num_threads()} threads), {self.precision}"
+
+
+def cpu_name() -> str:
+    """The processor's name as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8")):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def start_runtime(config: Config) -> Runtime:
@@ -422,7 +431,7 @@ def vary(x: Tensor, noise: torch.Generator, flip: bool = False, shift: float = 0
 
 
 def pack_images(x: Any) -> Tensor:
-    """The array as a tensor, sharing its memory."""
+    """An array (sharing its memory), or a list of pictures of one size, as one tensor."""
     return torch.from_numpy(np.ascontiguousarray(x))
 
 
@@ -657,18 +666,17 @@ def read_cifar10(folder: Path, download: bool) -> Raw:
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         try:
             batch = BatchUnpickler(io.BytesIO((inside / name).read_bytes()), encoding="bytes").load()
-            x = np.asarray(batch[b"data"], dtype=np.uint8).reshape(10_000, 3, 32, 32)
-            y = np.asarray(batch[b"labels"], dtype=np.int64).reshape(10_000)
+            y = np.array(batch[b"labels"], dtype=np.int64)
+            if not len(y) or not set(y) <= set(range(10)):
+                raise ValueError("labels outside 0-9")
+            pixels.append(batch[b"data"].reshape(len(y), 3, 32, 32))
+            labels.append(y)
         except OSError as problem:
             raise DataError(f"cannot read {inside / name}: {problem.strerror}") from problem
         except Exception as problem:  # a damaged pickle can raise nearly anything
             raise DataError(f"{inside / name} is damaged ({problem}); delete {inside} and run again") from problem
-        if y.min() < 0 or y.max() > 9:
-            raise DataError(f"{inside / name} holds labels outside 0-9; delete {inside} and run again")
-        pixels.append(x)
-        labels.append(y)
     return Raw("CIFAR-10", ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
-               np.concatenate(pixels), np.concatenate(labels), 50_000)
+               np.concatenate(pixels), np.concatenate(labels), sum(map(len, labels[:5])))
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -742,7 +750,7 @@ SHAPES: dict[str, Callable[..., np.ndarray]] = {  # u, v in [-1, 1]; r, a the sa
     "star": lambda u, v, r, a: r < 0.4 + 0.6 * np.abs(a * 5 / np.pi % 2 - 1) ** 1.5,
     "cross": lambda u, v, r, a: (np.minimum(abs(u), abs(v)) < 0.27) & (np.maximum(abs(u), abs(v)) < 0.9),
     "crescent": lambda u, v, r, a: (r < 0.95) & (np.hypot(u - 0.45, v) > 0.75),
-    "heart": lambda u, v, r, a: (1.4 * u * u + (1.25 * v + 0.2 - 0.9 * np.sqrt(abs(u))) ** 2) < 0.95,
+    "heart": lambda u, v, r, a: (1.4 * u * u + (0.9 * np.sqrt(abs(u)) + 1.25 * v - 0.2) ** 2) < 0.95,
     "arrow": lambda u, v, r, a: ((abs(v) < 0.22) & (u > -0.95) & (u < 0.2)) | ((u > 0) & (abs(v) < 0.9 * (0.95 - u))),
 }
 
@@ -768,7 +776,7 @@ def draw_shapes(y: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
     fine = (np.arange(64, dtype=np.float32) + 0.5) / 2  # twice the resolution, averaged below: smooth edges
-    size, turn = uniform(6, 12, 1, 1), uniform(0, 2 * np.pi, 1, 1)
+    size, turn = uniform(7, 12, 1, 1), uniform(-0.6, 0.6, 1, 1)
     across = fine[None, None, :] - uniform(11, 21, 1, 1)
     down = fine[None, :, None] - uniform(11, 21, 1, 1)
     u = (across * np.cos(turn) + down * np.sin(turn)) / size
@@ -781,12 +789,11 @@ def draw_shapes(y: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np
     cover = cover.reshape(n, 32, 2, 32, 2).mean((2, 4))[:, None]  # [n, 1, 32, 32]
 
     place = np.arange(32, dtype=np.float32) + 0.5
-    back, fore = uniform(0.1, 0.9, 3, 1, 1), uniform(0, 1, 3, 1, 1)
-    fore = np.where(abs(fore - back).sum(1, keepdims=True) < 0.5, (back + 0.5) % 1, fore)  # never quite invisible
+    back, fore = uniform(0, 0.6, 3, 1, 1), uniform(0.4, 1, 3, 1, 1)  # mostly lighter than the background
     picture = back + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)[None, None, None, :]
     picture = picture + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)[None, None, :, None]
-    for k in range(7):  # clutter: short strokes, the last one over the shape
-        if k == 6:
+    for k in range(6):  # clutter: short strokes, the last one over the shape
+        if k == 5:
             picture = picture * (1 - cover) + fore * cover
         turn, middle = uniform(0, np.pi, 1, 1), uniform(2, 30, 2, 1, 1)
         across, down = place[None, None, :] - middle[:, 0], place[None, :, None] - middle[:, 1]
@@ -811,11 +818,11 @@ def make_digits() -> Raw:
                "offline-digits")
 
 
-THINGS = "acting plot music script ending dialogue pacing cast story humour photography direction editing".split()
-PRAISE = ("good great wonderful moving funny clever charming brilliant delightful gripping superb honest warm fresh "
-          "lovely").split()
-BLAME = ("bad awful terrible boring clumsy stupid annoying dreadful dull tedious poor fake cold stale "
-         "ugly").split()
+THINGS = ("acting", "plot", "music", "script", "ending", "dialogue", "pacing", "cast", "story", "humour", "editing")
+PRAISE = ("good", "great", "wonderful", "moving", "funny", "clever", "charming", "brilliant", "delightful", "gripping",
+          "superb", "honest", "warm", "fresh", "lovely")
+BLAME = ("bad", "awful", "terrible", "boring", "clumsy", "stupid", "annoying", "dreadful", "dull", "tedious", "poor",
+         "fake", "cold", "stale", "ugly")
 DEGREES = ("", "", "", "very", "really", "truly", "quite", "so", "rather", "absolutely")
 FILLERS = (
     "i saw it on a tuesday with my brother", "the film runs for about two hours", "we sat in the third row",
@@ -837,7 +844,7 @@ def make_reviews(n_train: int = 6000, n_test: int = 2000) -> Raw:
     rng = np.random.default_rng(2026)
 
     def pick(words: Sequence[str]) -> str:
-        return words[rng.integers(len(words))]
+        return words[int(rng.integers(len(words)))]
 
     def clause(sense: int, negate: bool) -> str:
         word = pick(PRAISE if sense != negate else BLAME)
@@ -845,17 +852,18 @@ def make_reviews(n_train: int = 6000, n_test: int = 2000) -> Raw:
 
     def review(label: int) -> str:
         sort = rng.random()
-        if sort < 0.3:
+        if sort < 0.45:
             core = clause(label, False)
-        elif sort < 0.6:
+        elif sort < 0.7:
             core = clause(label, True)
         else:
-            won, lost = clause(label, rng.random() < 0.3), clause(1 - label, rng.random() < 0.3)
+            won, lost = clause(label, rng.random() < 0.2), clause(1 - label, rng.random() < 0.2)
             core = pick(CONTRASTS).format(won=won, lost=lost)
         sentences, target = [core], rng.integers(8, 50)
         while sum(len(s.split()) for s in sentences) < target:
             sentences.insert(rng.integers(len(sentences) + 1), pick(FILLERS))
-        return " ".join(" ".join(s.split()).replace(" ,", ",").capitalize() + "." for s in sentences)
+        clean = (" ".join(s.split()).replace(" ,", ",").capitalize() + "." for s in sentences)
+        return re.sub(r"\bi\b", "I", " ".join(clean))
 
     y = rng.permutation(np.arange(n_train + n_test) % 2)
     return Raw("offline reviews (stand-in, not IMDb)", ["negative", "positive"], [review(int(label)) for label in y], y,
@@ -909,6 +917,7 @@ def torchvision_model(meta: dict[str, Any]) -> nn.Module:
     from torchvision.models import get_model
     options = {"aux_logits": False, "init_weights": True} if meta["model"] in ("googlenet", "inception_v3") else {}
     body = get_model(meta["model"], weights=None, num_classes=len(meta["classes"]), **options)
+    stem: Any
     name, stem = next((name, layer) for name, layer in body.named_modules() if isinstance(layer, nn.Conv2d))
     patches = stem.stride == stem.kernel_size  # transformers cut patches: those stay as they are
     if meta["channels"] != stem.in_channels or not patches:
@@ -933,8 +942,8 @@ def torchvision_model(meta: dict[str, Any]) -> nn.Module:
 class AttentionLSTM(nn.Module):
     """Embedding, two-layer bidirectional LSTM, additive attention over the words, one linear layer.
 
-    The backward direction reads each text reversed within its own length, so that padding stays behind the words in both
-    directions and never changes a result, without packing (several times slower on a CPU, and not exportable).
+    The backward direction reads each text reversed within its own length, so that padding stays behind the words in
+    both directions and never changes a result, without packing (several times slower on a CPU, and not exportable).
     """
 
     def __init__(self, words: int, classes: int, dropout: float, embedding: int = 100, width: int = 128) -> None:
@@ -1167,7 +1176,7 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
 
 
 def wilson(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): sound near 0 and 1, where the textbook one is not."""
+    """95% interval of a proportion (Wilson 1927): sound near 0 and 1, where the textbook one is not."""
     p = correct / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
@@ -1190,8 +1199,10 @@ def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
     from torch.utils.flop_counter import FlopCounterMode
     device = x.device
     # oneDNN's fused LSTM is one opaque operation to the counter; without it the products inside are seen.
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-        model.cpu().eval()(x.cpu())
+    with warnings.catch_warnings(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        warnings.simplefilter("ignore")  # switching oneDNN off and on mentions Intel's GPUs
+        with torch.backends.mkldnn.flags(enabled=False):
+            model.cpu().eval()(x.cpu())
     model.to(device)
     return counter.get_total_flops() // 2
 
@@ -1223,9 +1234,7 @@ def peak_memory_mb(runtime: Runtime) -> float | None:
 def measure_cost(state: State, data: Data, runtime: Runtime) -> dict[str, Any]:
     """What the model costs: parameters, multiply-adds, latency, throughput."""
     rows = data.parts["test"]
-    if isinstance(data.samples, Texts):  # the typical text: the median length
-        rows = rows[data.samples.kept[rows].argsort(stable=True)]
-    x = data.samples.batch(rows[len(rows) // 2:][:1])
+    x = data.samples.batch(rows[data.samples.plan(rows, 1)[len(rows) // 2]])  # of texts, one of median length
     seen = len(data.parts["train"]) * state.epoch
     return {"multiply_adds": count_multiply_adds(state.model, x),
             "latency_ms": round(median_latency(state.model, x, runtime), 3),
@@ -1330,9 +1339,9 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
     import seaborn
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    style = {**seaborn.axes_style("whitegrid"), "font.family": ["DejaVu Sans"], "font.size": 10, "text.parse_math": False,
-             "axes.titlesize": 10.5, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-             "legend.fontsize": 9, "figure.titlesize": 11.5}
+    style = {**seaborn.axes_style("whitegrid"), "font.family": ["DejaVu Sans"], "text.parse_math": False,
+             "font.size": 10, "axes.titlesize": 10.5, "axes.labelsize": 10, "xtick.labelsize": 9,
+             "ytick.labelsize": 9, "legend.fontsize": 9, "figure.titlesize": 11.5}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
@@ -1353,7 +1362,7 @@ def plot_curves(history: list[dict[str, float]], best_epoch: int, path: Path, ti
             axes.axvline(best_epoch, color=ORANGE, linewidth=1, linestyle=":")
             axes.plot([best_epoch], [value], "*", color=ORANGE, markersize=12, linestyle="none",
                       label=f"best epoch: {best_epoch}")
-            axes.set(title=f"{name} ({value:.1f} % at best)" if scale == 100 else f"{name} ({value:.3f} at best)",
+            axes.set(title=f"{name} ({value:.1f}% at best)" if scale == 100 else f"{name} ({value:.3f} at best)",
                      xlabel="epoch", ylabel="accuracy in %" if scale == 100 else "cross-entropy")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(frameon=True)
@@ -1395,7 +1404,7 @@ class Verdict:
         """Right and wrong told apart by sign and words, not by colour alone."""
         if self.true == self.predicted:
             return f"✓ {self.predicted} {self.confidence:.0%}"
-        return f"✗ {self.predicted} {self.confidence:.0%}\ntruly {self.true}"
+        return f"✗ {self.predicted} {self.confidence:.0%}\ntrue: {self.true}"
 
 
 def plot_picture(axes: Any, picture: np.ndarray, verdict: Verdict | None = None) -> None:
@@ -1413,8 +1422,8 @@ def plot_image_samples(pictures: list[np.ndarray], verdicts: list[Verdict], path
     """A grid of pictures with what the model said."""
     columns = 6
     lines = math.ceil(len(pictures) / columns)
-    with canvas(path, 8, 1.75 * lines + 0.5) as figure:
-        grid = figure.subplots(lines, columns, squeeze=False).flat
+    with canvas(path, 8, 1.65 * lines + 0.5) as figure:
+        grid = list(figure.subplots(lines, columns, squeeze=False).flat)
         for axes in grid:
             axes.set_axis_off()
         for axes, picture, verdict in zip(grid, pictures, verdicts, strict=False):
@@ -1429,7 +1438,7 @@ def plot_image_maps(pictures: list[np.ndarray], verdicts: list[Verdict], maps: l
     from matplotlib import colormaps
     pairs = 3
     lines = math.ceil(len(pictures) / pairs)
-    with canvas(path, 8, 1.75 * lines + 0.9) as figure:
+    with canvas(path, 8, 1.6 * lines + 1) as figure:
         grid = figure.subplots(lines, 2 * pairs, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
@@ -1480,7 +1489,7 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
         def width(text: str) -> float:
             return float(renderer.get_text_width_height_descent(text, font, False)[0])
 
-        y = 50.0
+        y = 105.0
         drawn: list[tuple[str, float, float, str, float]] = []  # text, x, y, colour, shade
         for verdict, words in zip(verdicts, maps, strict=True):
             drawn.append((verdict.line.replace("\n", ", "), 20, y, verdict.colour, -1))
@@ -1496,14 +1505,14 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
         figure.set_size_inches(8, (y + 10) / 150)
         figure.set_layout_engine("none")
         for text, x, place, colour, shade in drawn:
-            box = {"facecolor": (0.835, 0.369, 0.0, 0.75 * shade), "edgecolor": "none", "pad": 1.6} if shade >= 0 else None
+            box = {"facecolor": (0.835, 0.369, 0.0, 0.75 * max(shade, 0)), "edgecolor": "none", "pad": 1.6}
             figure.text(x / 1200, 1 - place / (y + 10), text, color=colour, bbox=box, fontproperties=font,
                         fontweight="bold" if shade < 0 else "normal", va="baseline")
-        figure.text(0.5, 1 - 22 / (y + 10), title, ha="center", va="center", fontsize=11)
+        figure.text(0.5, 1 - 40 / (y + 10), title, ha="center", va="center", fontsize=11)
 
 
 def strongest_passage(words: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
-    """At most this many neighbouring words: those that together weigh most, with an ellipsis where words are left out."""
+    """At most this many neighbouring words: those that weigh most together, an ellipsis where words are left out."""
     if len(words) <= most:
         return words
     sums = np.convolve([weight for _, weight in words], np.ones(most), "valid")
@@ -1516,7 +1525,7 @@ def strongest_passage(words: list[tuple[str, float]], most: int) -> list[tuple[s
 def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Bars for each run: accuracy with its interval, training time, size and speed."""
     names = [row["label"] for row in rows]
-    panels = (("test_accuracy", "test accuracy in %, 95 % interval", 100, "{:.1f}", "linear"),
+    panels = (("test_accuracy", "test accuracy in %, 95% interval", 100, "{:.1f}", "linear"),
               ("seconds_training", "training time in s", 1, "{:,.0f}", "linear"),
               ("parameters", "parameters", 1, "{:,.0f}", "log"),
               ("multiply_adds", "multiply-adds for one sample", 1, "{:,.0f}", "log"),
@@ -1527,7 +1536,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             values = [row[key] * scale for row in rows]
             error = None
             if key == "test_accuracy":
-                error = np.array([[row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key]] for row in rows]).T * 100
+                ends = [(row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key]) for row in rows]
+                error = np.array(ends).T * 100
             bars = axes.barh(names, values, xerr=error, color=BLUE, height=0.6, capsize=4)
             axes.bar_label(bars, [form.format(value) for value in values], padding=8 if error is not None else 4,
                            fontsize=9)
@@ -1552,7 +1562,8 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
 class Kind:
     """What samples are, and so how they are packed, read, explained and drawn."""
 
-    noun: str  # what people call the samples
+    example: str  # of a --predict argument
+    shown: tuple[int, int]  # how many the figures of samples and of explanations hold
     pack: Callable[[Any], Any]  # as they come -> one array
     learn: Callable[..., dict[str, Any]]  # what the training rows teach: mean and deviation, or vocabulary
     samples: Callable[..., Any]  # the array and what was learnt -> batches
@@ -1564,10 +1575,10 @@ class Kind:
 
 
 KINDS = {
-    "image": Kind("pictures", pack_images, learn_images, Images, open_images, IMAGE_MODELS, explain_images,
-                  plot_image_samples, plot_image_maps),
-    "text": Kind("texts", pack_texts, learn_texts, Texts, open_texts, TEXT_MODELS, explain_texts,
-                 plot_text_samples, plot_text_weights)}
+    "image": Kind("PICTURE.png", (24, 12), pack_images, learn_images, Images, open_images,
+                  IMAGE_MODELS, explain_images, plot_image_samples, plot_image_maps),
+    "text": Kind('"a wonderful film, though a little long"', (12, 6), pack_texts, learn_texts, Texts, open_texts,
+                 TEXT_MODELS, explain_texts, plot_text_samples, plot_text_weights)}
 
 
 @dataclass(frozen=True)
@@ -1587,7 +1598,7 @@ TASKS = {
                     augment={"flip": True, "shift": 3, "rotate": 8}),
     "mnist": Task("image", read_mnist, make_digits, {"model": "mlp", "epochs": 10, "dropout": 0.2},
                   {"epochs": 60, "batch_size": 64}, {"shift": 2, "rotate": 10}),
-    "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm", "epochs": 3, "batch_size": 64}, {"epochs": 8}),
+    "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm", "epochs": 3, "batch_size": 64}, {"epochs": 5}),
 }
 
 EXPLANATIONS = {"gradcam": "Grad-CAM: where the network saw evidence for the class it predicted",
@@ -1657,7 +1668,12 @@ def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
         except FileExistsError:
             number += 1
         except OSError as problem:
-            raise Failure(f"cannot write {path}: {problem.strerror}; choose another place with --output-dir") from problem
+            raise Failure(f"cannot write {path}: {problem.strerror}; try another --output-dir") from problem
+
+
+def quoted(path: Path) -> str:
+    """A path to paste into any shell."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 def save_model(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -1677,7 +1693,7 @@ def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
 
 def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
     """On the device, convolution weights in the memory format that is fastest for them."""
-    return model.to(runtime.device, memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last).to(runtime.device)
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -1691,10 +1707,12 @@ def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 HISTORY = ("epoch", "seconds", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "learning_rate")
 
 
-def write_progress(folder: Path, state: State, title: str) -> None:
-    """history.csv and the curves: after each epoch, so that a run can be watched."""
+def write_progress(folder: Path, state: State, title: str, least_seconds: float = 0) -> None:
+    """history.csv and the curves, unless those were drawn less than so many seconds ago."""
     write_csv(folder / "history.csv", HISTORY, [[row[key] for key in HISTORY] for row in state.history])
-    plot_curves(state.history, int(state.best["epoch"]), folder / "training_curves.png", title)
+    picture = folder / "training_curves.png"
+    if not picture.exists() or time.time() - picture.stat().st_mtime >= least_seconds:
+        plot_curves(state.history, int(state.best["epoch"]), picture, title)
 
 
 def write_predictions(folder: Path, data: Data, logits: Tensor) -> None:
@@ -1728,9 +1746,9 @@ def write_figures(folder: Path, model: nn.Module, data: Data, logits: Tensor, ti
         return rows[where], [data.samples.show(row) for row in rows[where].tolist()], [
             Verdict(classes[true[i]], classes[predicted[i]], p) for i, p in zip(where.tolist(), sure, strict=True)]
 
-    _, shown, verdicts = chosen(24 if data.meta["kind"] == "image" else 12, seed=1)
+    _, shown, verdicts = chosen(kind.shown[0], seed=1)
     kind.plot_samples(shown, verdicts, folder / "sample_predictions.png", f"{title}\ntest samples drawn at random")
-    some, shown, verdicts = chosen(12 if data.meta["kind"] == "image" else 6, seed=2)
+    some, shown, verdicts = chosen(kind.shown[1], seed=2)
     name, maps = kind.explain(model, data.samples, some)
     kind.plot_maps(shown, verdicts, maps, folder / f"{name}.png", f"{title}\n{EXPLANATIONS[name]}")
 
@@ -1817,8 +1835,8 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
     metrics: dict[str, Any] = {
         "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(raw.slug),
         "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
-        "torch": torch.__version__, "version": VERSION, **data.facts(), "seconds_to_first_step":
-            round(time.perf_counter() - started, 2)}
+        "torch": torch.__version__, "version": VERSION, **data.facts(), "status": "started",
+        "seconds_setup": round(time.perf_counter() - started, 2)}
     try:
         fit(state, data, config, runtime, on_epoch=lambda state: after_epoch(folder, state, data, config, log))
         metrics |= finish(folder, state, data, runtime)
@@ -1831,7 +1849,7 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
         write_json(folder / "metrics.json", metrics)
         if metrics["status"] != "finished" and state.epoch:
             log(f"\nStopped after {state.epoch} of {config.epochs} epochs. Continue with:\n"
-                f"  python {Path(__file__).name} --resume {folder}")
+                f"  python {Path(__file__).name} --resume {quoted(folder)}")
     conclude(folder, metrics, data, log)
     return folder
 
@@ -1844,7 +1862,7 @@ def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log
         f"train {row['train_loss']:.3f} {row['train_accuracy']:6.1%}   "
         f"validation {row['val_loss']:.3f} {row['val_accuracy']:6.1%}   {row['seconds']:6.1f} s"
         + ("   best" if state.stale == 0 else ""))
-    write_progress(folder, state, f"{data.name} · {config.model} · still training")
+    write_progress(folder, state, f"{data.name} · {config.model} · still training", least_seconds=5)
 
 
 def finish(folder: Path, state: State, data: Data, runtime: Runtime) -> dict[str, Any]:
@@ -1869,13 +1887,13 @@ def finish(folder: Path, state: State, data: Data, runtime: Runtime) -> dict[str
 
 def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> None:
     """The last lines: the result, where it is, and what one would do next."""
-    sample = "PICTURE.png" if data.meta["kind"] == "image" else '"a wonderful film, though a little long"'
-    log(f"\nTest accuracy {metrics['test_accuracy']:.2%} (95 % interval {metrics['test_accuracy_low']:.2%} to "
+    example = KINDS[data.meta["kind"]].example
+    log(f"\nTest accuracy {metrics['test_accuracy']:.2%} (95% interval {metrics['test_accuracy_low']:.2%} to "
         f"{metrics['test_accuracy_high']:.2%}, {metrics['test_samples']:,} samples) "
         f"with the weights of epoch {metrics['best_epoch']}")
     log(f"Time          {metrics['seconds_total']:.0f} s, {metrics['seconds_training']:.0f} s of it training")
     log(f"Results       {folder.resolve()}")
-    log(f"Next          python {Path(__file__).name} --predict {sample} --run {folder}")
+    log(f"Next          python {Path(__file__).name} --predict {example} --run {quoted(folder)}")
     if data.slug:
         log(f"Note          trained on {data.name}")
 
@@ -1916,16 +1934,15 @@ def evaluate(run: Path, given: dict[str, Any], log: Log) -> None:
     saved = check_keys(read_json(run / "config.json"), str(run / "config.json"))
     config = settle(saved, given)
     runtime = start_runtime(config)
-    model, meta = load_model(run, runtime)
+    model = load_model(run, runtime)[0]
     data = build_data(load_raw(config, log), config)
-    samples = KINDS[meta["kind"]].samples(KINDS[meta["kind"]].pack(()) if False else data.samples, meta) if False else data.samples
-    logits = compute_logits(model, samples.to(runtime.device), data.parts["test"], runtime)
+    logits = compute_logits(model, data.samples.to(runtime.device), data.parts["test"], runtime)
     now, before = measure(logits, data.labels[data.parts["test"]]), read_json(run / "metrics.json")
     for key, value in now.items():
-        then = before.get(key)
-        same = then is not None and abs(value - then) < 1e-6
-        log(f"{key:20} {value:.6f}   recorded {then if then is None else format(then, '.6f')}   "
-            f"{'same' if same else 'DIFFERENT'}")
+        log(f"{key:20} {value:.6f}   recorded {before.get(key, math.nan):.6f}   "
+            f"{'same' if abs(value - before.get(key, math.inf)) < 1e-6 else 'DIFFERENT'}")
+    if any(abs(value - before.get(key, math.inf)) >= 1e-6 for key, value in now.items()):
+        raise Failure(f"{run} measures differently now; another device, PyTorch or data set can be the reason")
 
 
 def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) -> None:
@@ -1938,14 +1955,12 @@ def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) ->
     opened = [pair for argument in arguments for pair in kind.open(argument, meta)]
     if not opened:
         raise UsageError(f"--predict {' '.join(arguments)}: nothing to predict in there")
-    packed = kind.pack(np.stack([sample for _, sample in opened]) if meta["kind"] == "image"
-                       else [sample for _, sample in opened])
-    samples = kind.samples(packed, meta).to(runtime.device)
+    samples = kind.samples(kind.pack([sample for _, sample in opened]), meta).to(runtime.device)
     shares = compute_logits(model, samples, torch.arange(len(opened)), runtime).softmax(1)
     for (name, _), share in zip(opened, shares, strict=True):
         order = share.argsort(descending=True)[:3].tolist()
         first, *others = (f"{meta['classes'][i]} {share[i]:.1%}" for i in order)
-        log(f"{first:20} {'(' + ', '.join(others) + ')' if others else '':34} {textwrap.shorten(name, 70) or '(empty)'}")
+        log(f"{first:20} {'(' + ', '.join(others) + ')':34} {textwrap.shorten(name, 70) or '(empty)'}")
     if meta["stand_in"]:
         log(f"Note: this model was trained on {meta['dataset']}")
 
@@ -1977,10 +1992,10 @@ def build_parser() -> Parser:
         groups[field.metadata["group"]].add_argument(flag_name(field.name), **options)
     again = parser.add_argument_group("using it again")
     again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict and --evaluate")
-    again.add_argument("--predict", nargs="+", metavar="INPUT", help="pictures, sentences, or files with one text a line")
+    again.add_argument("--predict", nargs="+", metavar="INPUT", help="pictures, sentences, or files of lines")
     again.add_argument("--evaluate", action="store_true", help="measure --run again on its test data")
     again.add_argument("--resume", type=Path, metavar="RUN", help="continue this run in its folder")
-    again.add_argument("--config", type=Path, metavar="FILE", help="repeat a run from its config.json; flags override it")
+    again.add_argument("--config", type=Path, metavar="FILE", help="repeat a run from its config.json")
     again.add_argument("--debug", action="store_true", help="show the traceback of an error")
     again.add_argument("--version", action="version", version=f"deep_learning_deliverable {VERSION}")
     return parser

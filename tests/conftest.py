@@ -1,0 +1,57 @@
+"""Shared by all tests: the program under test, and a few small finished runs."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "deep_learning_deliverable.py"
+sys.path.insert(0, str(ROOT))
+os.environ.pop("DLD_DATA_DIR", None)
+
+import deep_learning_deliverable as dld  # noqa: E402
+
+
+def program(*arguments, cwd, timeout=120):
+    """Run the script as a user does, in a process of its own."""
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], cwd=cwd, timeout=timeout,
+                          capture_output=True, text=True, encoding="utf-8", check=False)
+
+
+def metrics_of(run):
+    return json.loads((run / "metrics.json").read_text("utf-8"))
+
+
+def small(task, **settings):
+    """A quick run's config on offline data."""
+    given = {"task": task, "data": "offline", "precision": "fp32", **settings}
+    return dld.settle({}, given, stand_in=True)
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    return dld.make_shapes(600, 200)
+
+
+@pytest.fixture(scope="session")
+def reviews():
+    return dld.make_reviews(600, 200)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return dld.make_digits()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Short real trainings, one a task: name -> run folder."""
+    place = tmp_path_factory.mktemp("finished")
+    runs = {}
+    for task, settings in (("cifar10", {"limit": 300}), ("mnist", {"limit": 900}), ("sentiment", {"limit": 200})):
+        given = {"task": task, "data": "offline", "epochs": 2, "output_dir": str(place), **settings}
+        runs[task] = dld.train(given, dld.Log())
+    return runs

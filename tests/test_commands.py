@@ -1,0 +1,329 @@
+"""The program as its user meets it: flags, folders, messages, exit codes."""
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, dld, metrics_of, program
+from PIL import Image
+
+EVERY_RUN = {"training_curves.png", "confusion_matrix.png", "confusion_matrix_norm.png", "sample_predictions.png",
+             "classification_report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json", "log.txt",
+             "model.pt", "checkpoint.pt"}
+EXPLANATION = {"cifar10": "gradcam.png", "mnist": "saliency.png", "sentiment": "attention.png"}
+
+
+# -- the whole program, in a process of its own -----------------------------------------------------------------------
+
+
+def test_all_tasks_and_their_comparison_from_one_command(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)  # alone in an empty folder, as downloaded
+    done = subprocess.run([sys.executable, SCRIPT.name, "--task", "all", "--data", "offline", "--dry-run"],
+                          cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=170, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no warnings, and no progress bar where nobody watches"
+    runs = {metrics_of(run)["task"]: run for run in (tmp_path / "outputs").iterdir() if run.is_dir()}
+    assert set(runs) == set(EXPLANATION)
+    for task, run in runs.items():
+        assert {path.name for path in run.iterdir()} == EVERY_RUN | {EXPLANATION[task]}
+        for picture in run.glob("*.png"):
+            with Image.open(picture) as image:
+                assert np.asarray(image.convert("L")).std() > 5, f"{picture} is blank"
+        metrics = metrics_of(run)
+        assert metrics["status"] == "finished" and metrics["stand_in"] and "offline" in run.name
+        assert "stand-in" in metrics["dataset"]
+        assert f"{metrics['test_accuracy']:.2%}" in (run / "log.txt").read_text("utf-8")
+        report = (run / "classification_report.txt").read_text("utf-8")
+        assert "macro avg" in report and "stand-in" in report
+    table = list(csv.DictReader((tmp_path / "outputs" / "comparison.csv").open(encoding="utf-8")))
+    assert [row["label"].split()[0] for row in table] == list(EXPLANATION)
+    assert all(int(row["multiply_adds"]) > 0 for row in table)
+    report = (tmp_path / "outputs" / "comparison.md").read_text("utf-8")
+    assert "narrowest" in report and (tmp_path / "outputs" / "comparison.png").stat().st_size > 10_000
+
+
+def test_no_network_ends_in_the_stand_in_or_in_exit_3(tmp_path):
+    code = ("import sys, deep_learning_deliverable as dld, dataclasses\n"
+            "dld.MNIST = tuple(dataclasses.replace(a, mirrors=('http://127.0.0.1:9/x',)) for a in dld.MNIST)\n"
+            "sys.exit(dld.main(sys.argv[1:]))")
+
+    def run(*flags):
+        return subprocess.run([sys.executable, "-c", code, "--task", "mnist", "--limit", "50", "--epochs", "1", *flags],
+                              cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                              capture_output=True, text=True, encoding="utf-8", timeout=120, check=False)
+
+    real = run("--data", "real")
+    assert real.returncode == 3 and real.stderr.count("\n") == 1
+    assert "train-images-idx3-ubyte.gz" in real.stderr and "by hand" in real.stderr
+    assert not (tmp_path / "outputs").exists()
+    auto = run()
+    assert auto.returncode == 0 and "WARNING" in auto.stdout and "stand-in" in auto.stdout.splitlines()[-1]
+    assert (tmp_path / "outputs" / "mnist-offline-digits" / "metrics.json").exists()
+
+
+def test_importing_has_no_side_effects(tmp_path):
+    code = ("import sys, random, torch; before = torch.get_rng_state(); import deep_learning_deliverable\n"
+            "assert torch.equal(before, torch.get_rng_state())\n"
+            "heavy = {'matplotlib', 'seaborn', 'sklearn', 'torchvision'} & set(sys.modules)\n"
+            "assert not heavy, heavy")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- one process, finished runs ---------------------------------------------------------------------------------------
+
+
+def test_metrics_hold_what_was_promised(finished):
+    for run in finished.values():
+        metrics = metrics_of(run)
+        promised = {"task", "model", "dataset", "seed", "device", "precision", "parameters", "epochs", "best_epoch",
+                    "train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_low", "test_accuracy_high",
+                    "test_macro_f1", "test_loss", "seconds_training", "seconds_total", "peak_memory_mb", "status",
+                    "train_samples", "val_rows_sha256", "multiply_adds", "latency_ms", "samples_per_second", "model_mb"}
+        assert promised <= metrics.keys() and None not in metrics.values()
+        assert all(not isinstance(value, dict | list) for value in metrics.values()), "flat"
+        head, *rows = csv.reader((run / "history.csv").open(encoding="utf-8"))
+        assert tuple(head) == dld.HISTORY and len(rows) == metrics["epochs"]
+        best = max(rows, key=lambda row: (float(row[5]), -float(row[4])))
+        assert int(best[0]) == metrics["best_epoch"] and float(best[5]) == metrics["val_accuracy"]
+        lines = list(csv.DictReader((run / "predictions.csv").open(encoding="utf-8")))
+        right = sum(line["true"] == line["predicted"] for line in lines)
+        assert right / len(lines) == pytest.approx(metrics["test_accuracy"])
+        assert right == sum(int(line["correct"]) for line in lines)
+        for line in lines[:20]:
+            shares = {key[2:]: float(value) for key, value in line.items() if key.startswith("p_")}
+            assert sum(shares.values()) == pytest.approx(1, abs=1e-4)
+            assert max(shares, key=shares.get) == line["predicted"]
+
+
+def test_evaluate_gets_the_same_numbers(finished, capsys):
+    for run in finished.values():
+        assert dld.main(["--evaluate", "--run", str(run)]) == 0
+        out = capsys.readouterr().out
+        assert out.count("same") == 5 and f"{metrics_of(run)['test_accuracy']:.6f}" in out
+
+
+def test_evaluate_says_when_the_numbers_differ(finished, tmp_path, capsys):
+    run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    metrics = metrics_of(run)
+    dld.write_json(run / "metrics.json", {**metrics, "test_loss": 7.0})
+    assert dld.main(["--evaluate", "--run", str(run)]) == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+
+
+def test_predict_agrees_with_predictions_csv_and_needs_only_model_pt(finished, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished["cifar10"] / "model.pt", tmp_path / "run")
+    raw = dld.make_shapes()
+    lines = list(csv.DictReader((finished["cifar10"] / "predictions.csv").open(encoding="utf-8")))[:5]
+    for line in lines:
+        Image.fromarray(raw.x[int(line["row"])].transpose(1, 2, 0)).save(tmp_path / f"{line['row']}.png")
+    files = [str(tmp_path / f"{line['row']}.png") for line in lines]
+    precision = metrics_of(finished["cifar10"])["precision"]
+    assert dld.main(["--predict", *files, "--run", str(tmp_path / "run"), "--precision", precision]) == 0
+    out = capsys.readouterr().out.splitlines()
+    for line, said in zip(lines, out, strict=False):
+        name, share = said.split()[:2]
+        assert name == line["predicted"] and float(share.strip("%")) == pytest.approx(
+            100 * float(line["confidence"]), abs=0.11)
+    assert "offline shapes" in out[-1]
+
+
+def test_predict_texts_from_the_command_line_and_from_a_file(finished, tmp_path, capsys):
+    run = str(finished["sentiment"])
+    assert dld.main(["--predict", "The plot was good.", "", "ünknown 😀", "long " * 3000, "--run", run]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 5 and all(re.match(r"(positive|negative) \d+\.\d%", line) for line in out[:4])
+    (tmp_path / "lines.txt").write_bytes("The plot was good.\n\nBad caf\xe9\r\n".encode("latin-1"))
+    assert dld.main(["--predict", str(tmp_path / "lines.txt"), "--run", run]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0] == out[0]
+
+
+def test_a_config_repeats_its_run_exactly_in_a_new_folder(finished, capsys):
+    run = finished["mnist"]
+    before = (run / "model.pt").read_bytes()
+    assert dld.main(["--config", str(run / "config.json")]) == 0
+    again = run.with_name(run.name + "-2")
+    assert (run / "model.pt").read_bytes() == before, "a finished run is never overwritten"
+    one, two = (dld.load_file(folder / "model.pt")["weights"] for folder in (run, again))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    timed = {"seconds_setup", "seconds_training", "seconds_total", "seconds_data", "latency_ms", "samples_per_second",
+             "peak_memory_mb"}
+    one, two = ({k: v for k, v in metrics_of(folder).items() if k not in timed} for folder in (run, again))
+    assert one == two
+
+
+def test_resume_continues_in_the_same_folder(finished, tmp_path, capsys):
+    run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    assert dld.main(["--resume", str(run)]) == 2
+    assert "has finished its 2 epochs; give --epochs" in capsys.readouterr().err
+    assert dld.main(["--resume", str(run), "--lr", "1"]) == 2
+    assert "--lr would change the past" in capsys.readouterr().err
+    assert dld.main(["--resume", str(run), "--epochs", "3"]) == 0
+    metrics = metrics_of(run)
+    assert metrics["epochs"] == 3 and metrics["status"] == "finished"
+    assert len((run / "history.csv").read_text("utf-8").splitlines()) == 4
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_can(tmp_path, capsys, monkeypatch):
+    real = dld.after_epoch
+
+    def interrupt(folder, state, *others):
+        real(folder, state, *others)
+        if state.epoch == 2:
+            raise KeyboardInterrupt
+
+    flags = ["--task", "mnist", "--data", "offline", "--limit", "100", "--epochs", "3", "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(dld, "after_epoch", interrupt)
+    assert dld.main(flags) == 130
+    run = tmp_path / "mnist-offline-digits"
+    assert metrics_of(run)["status"] == "interrupted" and f"--resume {run}" in capsys.readouterr().out
+    monkeypatch.setattr(dld, "after_epoch", real)
+    assert dld.main(["--resume", str(run)]) == 0
+    assert dld.main(flags) == 0
+    one, two = (dld.load_file(folder / "model.pt")["weights"] for folder in (run, tmp_path / (run.name + "-2")))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_new_task_is_one_entry(tmp_path, monkeypatch, capsys):
+    """Stripes across or down: registered here, trained, reported and predicted by the same program."""
+    def make_stripes():
+        rng = np.random.default_rng(0)
+        y = rng.permutation(np.arange(300) % 2)
+        x = rng.integers(0, 90, (300, 1, 16, 16), dtype=np.uint8)
+        for i, label in enumerate(y):
+            x[i, 0][(slice(None, None, 4),) if label else (slice(None), slice(None, None, 4))] += 150
+        return dld.Raw("stripes", ["down", "across"], x, y, 200, "offline-stripes")
+
+    def missing(folder, download):
+        raise dld.DataMissing("stripes are only made here")
+
+    monkeypatch.setitem(dld.TASKS, "stripes", dld.Task("image", missing, make_stripes, {"model": "classic",
+                                                                                        "epochs": 4}))
+    assert dld.main(["--task", "stripes", "--output-dir", str(tmp_path), "--batch-size", "20"]) == 0
+    run = tmp_path / "stripes-offline-stripes"
+    assert metrics_of(run)["test_accuracy"] > 0.9
+    assert {path.name for path in run.iterdir()} == EVERY_RUN | {"gradcam.png"}
+    Image.fromarray(make_stripes().x[0, 0]).save(tmp_path / "one.png")
+    capsys.readouterr()
+    assert dld.main(["--predict", str(tmp_path / "one.png"), "--run", str(run)]) == 0
+    assert re.match(r"(down|across) ", capsys.readouterr().out)
+
+
+# -- bad input: one line, the right exit code, nothing written --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "code", "message"), [
+    (["--task", "cifer10"], 2, "choose from cifar10, mnist, sentiment, all (did you mean cifar10?)"),
+    (["--taks", "mnist"], 2, "unknown argument --taks (did you mean --task?)"),
+    (["mnist"], 2, "unknown argument mnist"),
+    (["--epochs", "many"], 2, "invalid int value: 'many'"),
+    (["--epochs", "0"], 2, "--epochs 0: must be at least 1"),
+    (["--lr", "nan"], 2, "--lr takes a finite float"),
+    (["--lr", "-1"], 2, "--lr -1.0: must be at least"),
+    (["--val-fraction", "0.9"], 2, "at most 0.5"),
+    (["--schedule", "cosin"], 2, "choose from cosine, onecycle, plateau, constant (did you mean cosine?)"),
+    (["--precision", "fp8"], 2, "choose from auto, fp32, bf16, fp16"),
+    (["--data", "fake"], 2, "choose from auto, real, offline"),
+    (["--task", "all", "--model", "resnet18"], 2, "Known: lstm"),
+    (["--model", "resnet19"], 2, "did you mean resnet1"),
+    (["--device", "mps", "--data", "offline"], 2, "no Apple GPU"),
+    (["--predict", "x.png"], 2, "--predict needs --run RUN"),
+    (["--run", "outputs/x"], 2, "--run needs --predict or --evaluate"),
+    (["--predict", "x.png", "--run", "nowhere"], 2, "nowhere: no such folder"),
+    (["--predict", "x.png", "--run", "."], 2, "model.pt is not there"),
+    (["--evaluate", "--resume", "x"], 2, "--evaluate and --resume cannot be combined"),
+    (["--resume", "nowhere"], 2, "cannot read nowhere"),
+    (["--config", "nowhere.json"], 2, "cannot read nowhere.json"),
+    (["--config", "bad.json"], 2, "bad.json is not valid JSON"),
+    (["--config", "list.json"], 2, "expected a JSON object"),
+    (["--config", "typo.json"], 2, "unknown setting 'epoch' (did you mean epochs?)"),
+    (["--config", "wrong.json"], 2, "--epochs takes a finite int, got 'ten'"),
+    (["--task", "mnist", "--data", "offline", "--output-dir", "bad.json"], 1, "cannot write"),
+])
+def test_bad_input_is_one_clear_line(flags, code, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("bad", "{"), ("list", "[]"), ("typo", '{"epoch": 3}'), ("wrong", '{"epochs": "ten"}')):
+        (tmp_path / f"{name}.json").write_text(text)
+    before = sorted(tmp_path.iterdir())
+    assert dld.main(flags) == code
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err and sorted(tmp_path.iterdir()) == before
+
+
+def test_bad_files_for_predict_and_resume(finished, tmp_path, capsys):
+    (tmp_path / "no.png").write_text("not a picture")
+    cases = [(["--predict", str(tmp_path / "no.png"), "--run", str(finished["cifar10"])], "not a picture"),
+             (["--predict", "gone.png", "--run", str(finished["cifar10"])], "no such file"),
+             (["--predict", "x", "--run", str(finished["sentiment"]), "--lr", "1"], "leave out --lr"),
+             (["--evaluate", "--run", str(finished["mnist"]), "--seed", "1"], "leave out --seed")]
+    for flags, message in cases:
+        assert dld.main(flags) == 2 and message in capsys.readouterr().err
+    run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    (run / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:5000])
+    assert dld.main(["--resume", str(run), "--epochs", "9"]) == 2
+    assert "checkpoint.pt is damaged" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    quiet = program("--config", "nowhere.json", cwd=tmp_path)
+    loud = program("--config", "nowhere.json", "--debug", cwd=tmp_path)
+    assert (quiet.returncode, loud.returncode) == (2, 1)
+    assert "Traceback" not in quiet.stderr and "Traceback" in loud.stderr
+
+
+def test_half_written_files_are_never_seen(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail(part):
+        part.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        dld.write_atomically(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+# -- what is written down must be true --------------------------------------------------------------------------------
+
+
+def test_requirements_and_the_scripts_own_metadata_agree():
+    block = re.search(r"# dependencies = \[\n(.*?)# \]", SCRIPT.read_text("utf-8"), re.S)[1]
+    inline = re.findall(r'"(.+?)"', block)
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert inline == [line for line in lines if line and not line.startswith("pytest")]
+    assert all(re.fullmatch(r"[a-z-]+>=[\d.]+", line) for line in inline), "lower bounds only"
+
+
+def test_the_readme_lists_every_flag_with_its_help():
+    readme = (ROOT / "README.md").read_text("utf-8").split("## Every flag")[1]
+    listed = dict(re.findall(r"^\| `(--[a-z-]+)[^`]*` \| (.+?) \|$", readme, re.M))
+    known = {action.option_strings[0]: action.help.replace("%%", "%") for action in dld.build_parser()._actions
+             if action.option_strings[0] not in ("-h", "--version")}
+    assert listed == known
+
+
+def test_the_readme_names_every_artefact_and_metric(finished):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for name in EVERY_RUN | set(EXPLANATION.values()) | {"comparison.png", "comparison.md", "comparison.csv"}:
+        assert f"`{name}`" in readme, name
+    for key in metrics_of(finished["cifar10"]):
+        assert f"`{key}`" in readme, key
+
+
+def test_every_setting_has_a_home(finished):
+    config = json.loads((finished["cifar10"] / "config.json").read_text("utf-8"))
+    assert list(config) == [field.name for field in dataclasses.fields(dld.Config)]
+    assert config["data"] == "offline" and config["precision"] != "auto", "what was decided is written down"

@@ -1,0 +1,326 @@
+"""Sources, splits, batches."""
+import gzip
+import hashlib
+import http.server
+import pickle
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import dld, small
+
+
+def test_splits_are_disjoint_stratified_and_seeded(digits):
+    parts = dld.split_rows(digits, small("mnist"))
+    train, val, test = (set(parts[name].tolist()) for name in dld.PARTS)
+    assert len(train) + len(val) + len(test) == len(digits.y) == len(train | val | test)
+    assert max(train | val) < digits.n_train <= min(test)
+    share = np.bincount(digits.y[parts["val"]], minlength=10) / np.bincount(digits.y[:digits.n_train], minlength=10)
+    assert abs(share - 0.1).max() < 0.03
+    again, other = dld.split_rows(digits, small("mnist")), dld.split_rows(digits, small("mnist", seed=1))
+    assert torch.equal(parts["val"], again["val"]) and not torch.equal(parts["val"], other["val"])
+    assert torch.equal(parts["test"], other["test"]), "the test part must not depend on the seed"
+
+
+def test_every_beginning_of_a_stratified_order_is_balanced():
+    y = np.repeat([0, 1, 2], [600, 300, 3])
+    order = dld.stratified_order(y, np.random.default_rng(0))
+    assert sorted(order) == list(range(len(y)))
+    for n in (30, 300, 450):
+        assert abs(np.bincount(y[order[:n]], minlength=3) / n - np.array([600, 300, 3]) / 903).max() < 0.04
+
+
+def test_limit_keeps_every_class(digits):
+    parts = dld.split_rows(digits, small("mnist", limit=50))
+    assert [len(parts[name]) for name in dld.PARTS] == [50, 50, 50]
+    assert len(np.unique(digits.y[parts["train"]])) == 10
+
+
+def test_too_little_data_is_one_clear_line(digits):
+    raw = dld.Raw("tiny", ["a", "b"], digits.x[:1], digits.y[:1], 1)
+    with pytest.raises(dld.DataError, match="no train samples are left"):
+        dld.split_rows(raw, small("mnist"))
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_of_pictures_are_normalised_by_the_training_rows(shapes):
+    data = dld.build_data(shapes, small("cifar10"))
+    x = data.samples.batch(data.parts["train"])
+    assert x.mean((0, 2, 3)).abs().max() < 0.01 and (x.std((0, 2, 3)) - 1).abs().max() < 0.01
+    expected = shapes.x[data.parts["train"].numpy()] / 255
+    np.testing.assert_allclose(data.meta["mean"], expected.mean((0, 2, 3)), atol=1e-6)
+    np.testing.assert_allclose(data.meta["deviation"], expected.std((0, 2, 3)), atol=1e-5)
+
+
+def test_every_picture_comes_once_an_epoch_and_no_batch_is_a_single_one(shapes):
+    data = dld.build_data(shapes, small("cifar10"))
+    rows = data.parts["train"][:65]
+    batches = data.samples.plan(rows, 64, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(batches).tolist()) == list(range(65))
+    assert [len(batch) for batch in batches] == [33, 32]
+
+
+def test_varying_by_nothing_changes_nothing_and_flips_are_exact():
+    x = torch.rand(64, 3, 32, 32)
+    noise = torch.Generator().manual_seed(0)
+    torch.testing.assert_close(dld.vary(x, noise), x, atol=1e-5, rtol=0)
+    flipped = dld.vary(x, noise, flip=True)
+    mirrored = [bool((a - b.flip(-1)).abs().max() < 1e-4) for a, b in zip(flipped, x, strict=True)]
+    same = [bool((a - b).abs().max() < 1e-4) for a, b in zip(flipped, x, strict=True)]
+    assert all(m != s for m, s in zip(mirrored, same, strict=True)) and 15 < sum(mirrored) < 49
+
+
+def test_shifts_and_turns_stay_within_their_bounds():
+    x = torch.zeros(500, 1, 33, 33)
+    x[:, :, 16, 16] = 1  # one bright pixel in the middle
+    moved = dld.vary(x, torch.Generator().manual_seed(0), shift=3)
+    bright = moved.flatten(1).argmax(1)
+    across, down = bright % 33 - 16, bright // 33 - 16
+    assert across.min() == down.min() == -3 and across.max() == down.max() == 3
+    x = torch.zeros(500, 1, 33, 33)
+    x[:, :, 16, 30] = 1  # turning moves it along a circle: 14 pixels away, at most 10 degrees
+    turned = dld.vary(x, torch.Generator().manual_seed(0), rotate=10)
+    down = turned.flatten(1).argmax(1) // 33 - 16
+    assert 1 <= down.abs().max() <= 3
+
+
+def test_pictures_of_any_size_and_mode_can_be_opened(tmp_path):
+    from PIL import Image
+    meta = {"channels": 3, "side": 32}
+    for mode, size in (("RGB", (32, 32)), ("RGBA", (500, 20)), ("L", (7, 300)), ("P", (40, 40)), ("1", (33, 9)),
+                       ("CMYK", (64, 64)), ("I;16", (50, 50)), ("LA", (1, 1))):
+        path = tmp_path / f"{mode.replace(';', '')}.{'tiff' if mode in ('CMYK', 'I;16') else 'png'}"
+        Image.new(mode, size).save(path)
+        (name, x), = dld.open_images(str(path), meta)
+        assert x.shape == (3, 32, 32) and x.dtype == np.uint8 and name == str(path)
+        (_, grey), = dld.open_images(str(path), {"channels": 1, "side": 28})
+        assert grey.shape == (1, 28, 28)
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert dld.open_images(str(tmp_path / "clear.png"), meta)[0][1].min() == 255, "transparent means white paper"
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_words_keep_negation_and_marks_with_feeling():
+    assert dld.find_words("don't, stop! a 10/10 film?? 😀 (naïve)") == [
+        "don't", "stop", "!", "a", "10", "10", "film", "?", "?", "😀", "naïve"]
+
+
+def test_the_vocabulary_comes_from_training_rows_alone():
+    texts = ["good film film"] * 5 + ["secret secret secret"] * 5
+    tokens = dld.pack_texts(texts)
+    meta = dld.learn_texts(tokens, torch.arange(5), small("sentiment"))
+    assert meta["vocabulary"] == ["film", "good"]
+    samples = dld.Texts(tokens, meta)
+    assert samples.batch(torch.tensor([0, 9])).tolist() == [[3, 2, 2], [dld.UNKNOWN] * 3]
+
+
+def test_long_texts_keep_beginning_and_end_and_empty_ones_are_inputs():
+    words = [f"w{i}" for i in range(100)]
+    tokens = dld.pack_texts([" ".join(words), "", "   ", "w1 w2"])
+    samples = dld.Texts(tokens, {"vocabulary": words, "max_tokens": 10})
+    assert samples.words(0) == words[:5] + words[-5:]
+    batch = samples.batch(torch.arange(4))
+    assert batch.shape == (4, 10)
+    assert batch[1].tolist() == batch[2].tolist() == [dld.UNKNOWN] + [dld.PAD] * 9
+    assert batch[3].tolist() == [3, 4] + [dld.PAD] * 8
+    assert samples.words(3) == ["w1", "w2"]
+
+
+def test_batches_hold_texts_of_like_length(reviews):
+    data = dld.build_data(reviews, small("sentiment"))
+    rows = data.parts["train"]
+    batches = data.samples.plan(rows, 32, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(rows)))
+    x = [data.samples.batch(rows[where]) for where in batches]
+    padding = sum(int((b == dld.PAD).sum()) for b in x) / sum(b.numel() for b in x)
+    assert padding < 0.08
+    lengths = [b.shape[1] for b in x]
+    assert lengths != sorted(lengths), "batches must come in random order"
+
+
+# -- stand-ins --------------------------------------------------------------------------------------------------------
+
+
+def test_stand_ins_are_deterministic_and_labelled():
+    for make in (lambda: dld.make_shapes(400, 100), dld.make_digits, lambda: dld.make_reviews(300, 100)):
+        one, two = make(), make()
+        assert np.array_equal(one.y, two.y) and len(one.x) == len(one.y)
+        assert one.x == two.x if isinstance(one.x, list) else np.array_equal(one.x, two.x)
+        assert one.slug.startswith("offline-") and "stand-in" in one.name
+        assert set(one.y[:one.n_train]) == set(one.y[one.n_train:]) == set(range(len(one.classes)))
+
+
+def test_shapes_know_where_they_are(shapes):
+    assert shapes.masks.shape == (800, 32, 32)
+    share = shapes.masks.mean((1, 2))
+    assert share.min() > 0.02 and share.max() < 0.5
+    inside = [x[:, m].mean() - x[:, ~m].mean() for x, m in zip(shapes.x, shapes.masks, strict=True)]
+    assert np.mean(np.array(inside) > 0) > 0.9, "the shape is mostly lighter than its background"
+
+
+def test_counting_words_is_not_enough_for_the_reviews():
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    raw = dld.make_reviews()
+    train, test = raw.x[:raw.n_train], raw.x[raw.n_train:]
+    assert all(8 <= len(text.split()) <= 60 for text in raw.x)
+    for ngrams in ((1, 1), (1, 2)):
+        vectors = TfidfVectorizer(ngram_range=ngrams)
+        linear = LogisticRegression().fit(vectors.fit_transform(train), raw.y[:raw.n_train])
+        assert linear.score(vectors.transform(test), raw.y[raw.n_train:]) < 0.8
+
+
+# -- the official layouts, on small files of the same form ------------------------------------------------------------
+
+
+def write_cifar10(folder, per_batch=20):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        batch = {b"data": rng.integers(0, 256, (per_batch, 3072), dtype=np.uint8),
+                 b"labels": [i % 10 for i in range(per_batch)], b"batch_label": b"x", b"filenames": [b"y"]}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+
+
+def write_mnist(folder, zipped):
+    folder.mkdir(parents=True)
+    for archive, n in zip(dld.MNIST, (40, 40, 20, 20), strict=True):
+        pictures = "images" in archive.name
+        shape = (n, 28, 28) if pictures else (n,)
+        head = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+        body = (np.arange(np.prod(shape)) % (256 if pictures else 10)).astype(np.uint8).tobytes()
+        path = folder / archive.name.removesuffix("" if zipped else ".gz")
+        path.write_bytes(gzip.compress(head + body) if zipped else head + body)
+
+
+def write_imdb(folder):
+    for part in ("train", "test"):
+        for sense in ("pos", "neg"):
+            (folder / part / sense).mkdir(parents=True)
+            for i in range(12):
+                text = f"{part} {sense} number {i}" if i else ""
+                (folder / part / sense / f"{i}_7.txt").write_bytes(text.encode() + b" caf\xe9 \xf0\x9f\x98\x80")
+
+
+def test_cifar10_is_read_unpacked_and_packed(tmp_path, monkeypatch):
+    write_cifar10(tmp_path / "a" / "cifar-10-batches-py")
+    raw = dld.read_cifar10(tmp_path / "a", download=False)
+    assert raw.x.shape == (120, 3, 32, 32) and raw.n_train == 100 and raw.classes[3] == "cat" and not raw.slug
+    (tmp_path / "b").mkdir()
+    packed = tmp_path / "b" / dld.CIFAR10.name
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(tmp_path / "a" / "cifar-10-batches-py", "cifar-10-batches-py")
+    monkeypatch.setattr(dld, "CIFAR10", dld.Archive(packed.name, dld.file_md5(packed), ()))
+    again = dld.read_cifar10(tmp_path / "b", download=False)
+    assert np.array_equal(raw.x, again.x) and np.array_equal(raw.y, again.y)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [packed.name, "cifar-10-batches-py"][::-1]
+
+
+def test_cifar10_batches_cannot_run_code(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({b"data": Bomb()}))
+    with pytest.raises(dld.DataError, match=r"data_batch_3 is damaged.*asks for"):
+        dld.read_cifar10(tmp_path, download=False)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_mnist_is_read_zipped_and_not(tmp_path, zipped, monkeypatch):
+    write_mnist(tmp_path / "MNIST" / "raw", zipped)
+    monkeypatch.setattr(dld, "MNIST", [dld.Archive(a.name, dld.file_md5(tmp_path / "MNIST" / "raw" / a.name), ())
+                                       if zipped else a for a in dld.MNIST])
+    raw = dld.read_mnist(tmp_path, download=False)
+    assert raw.x.shape == (60, 1, 28, 28) and raw.n_train == 40 and raw.y[:12].tolist() == [*range(10), 0, 1]
+
+
+def test_imdb_is_read_with_odd_bytes_and_empty_reviews(tmp_path):
+    write_imdb(tmp_path / "aclImdb")
+    raw = dld.read_imdb(tmp_path, download=False)
+    assert len(raw.x) == 48 and raw.n_train == 24 and raw.y[:24].tolist() == [0] * 12 + [1] * 12
+    assert "😀" in raw.x[0]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "labels", "text"])
+def test_damaged_files_are_named(tmp_path, harm):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    victim = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    if harm == "missing":
+        victim.unlink()
+    elif harm == "labels":
+        victim.write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [12]}, protocol=2))
+    else:
+        victim.write_bytes({"truncated": victim.read_bytes()[:1000], "empty": b"", "text": b"<html>not found"}[harm])
+    with pytest.raises(dld.DataError, match="data_batch_2") as caught:
+        dld.read_cifar10(tmp_path, download=False)
+    assert not isinstance(caught.value, dld.DataMissing), "broken data must not silently become the stand-in"
+
+
+# -- downloading, from a server on this machine -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves /good, /wrong and 404; yields its address and what was asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            body = {"/good": b"the right bytes", "/wrong": b"other bytes"}.get(self.path)
+            self.send_response(200 if body else 404)
+            self.send_header("Content-Length", str(len(body or b"")))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", asked
+    httpd.shutdown()
+
+
+def test_download_tries_the_mirrors_until_the_bytes_are_right(tmp_path, server):
+    host, asked = server
+    right = hashlib.md5(b"the right bytes").hexdigest()
+    archive = dld.Archive("file.bin", right, (f"{host}/gone", f"{host}/wrong", f"{host}/good"))
+    path = dld.fetch(archive, tmp_path / "new", download=True)
+    assert path.read_bytes() == b"the right bytes" and asked == ["/gone", "/wrong", "/good"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file.bin"]
+    dld.fetch(archive, tmp_path / "new", download=True)
+    assert len(asked) == 3, "what is there is not fetched again"
+    path.write_bytes(b"broken since")
+    with pytest.raises(dld.DataError, match="damaged"):
+        dld.fetch(archive, tmp_path / "new", download=True)
+
+
+def test_no_mirror_answers(tmp_path, server):
+    host, _ = server
+    archive = dld.Archive("file.bin", "0" * 32, (f"{host}/gone", f"{host}/wrong", "http://127.0.0.1:9/refused"))
+    with pytest.raises(dld.DataMissing, match=r"404.*md5 differs.*refused.*by hand"):
+        dld.fetch(archive, tmp_path / "new", download=True)
+    assert not list((tmp_path / "new").iterdir())
+    with pytest.raises(dld.DataMissing, match="is not there"):
+        dld.fetch(archive, tmp_path, download=False)
+
+
+def test_auto_falls_back_loudly_and_real_never(tmp_path, capsys, monkeypatch):
+    def missing(folder, download):
+        raise dld.DataMissing("could not download it")
+    monkeypatch.setitem(dld.TASKS, "mnist", dld.Task("image", missing, dld.make_digits, {"model": "mlp"}))
+    assert dld.load_raw(small("mnist", data="auto"), dld.Log()).slug == "offline-digits"
+    assert "WARNING  could not download it" in capsys.readouterr().out
+    with pytest.raises(dld.DataMissing):
+        dld.load_raw(small("mnist", data="real"), dld.Log())

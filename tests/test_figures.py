@@ -1,0 +1,57 @@
+"""Figures open, are not blank, repeat to the byte, and stand odd input."""
+import warnings
+
+import numpy as np
+import pytest
+from conftest import dld
+from PIL import Image
+
+CLASSES = ["airplane", "automobile", "bird"]
+HISTORY = [{"epoch": i + 1, "train_loss": 2 / (i + 1), "val_loss": 2.2 / (i + 1), "train_accuracy": 0.3 + 0.1 * i,
+            "val_accuracy": 0.28 + 0.1 * i} for i in range(5)]
+RIGHT, WRONG = dld.Verdict("bird", "bird", 0.9), dld.Verdict("airplane", "automobile", 0.55)
+PICTURES = list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
+WORDS = [[("the", 0.1), ("$price$", 0.2), ("was_{x}", 0.3), ("😀", 0.4)], [("word", 1 / 300)] * 300]
+ROW = {"label": "cifar10 classic", "test_accuracy": 0.9, "test_accuracy_low": 0.88, "test_accuracy_high": 0.92,
+       "seconds_training": 10.0, "parameters": 10**6, "multiply_adds": 10**7, "latency_ms": 1.5,
+       "samples_per_second": 2000.0}
+
+DRAW = {
+    "curves": lambda path: dld.plot_curves(HISTORY, 4, path, "title"),
+    "one epoch": lambda path: dld.plot_curves(HISTORY[:1], 1, path, "title"),
+    "counts": lambda path: dld.plot_confusion(np.arange(9).reshape(3, 3), CLASSES, path, "title", False),
+    "shares": lambda path: dld.plot_confusion(np.zeros((3, 3), int), CLASSES, path, "title", True),
+    "pictures": lambda path: dld.plot_image_samples(PICTURES, [RIGHT, WRONG], path, "title"),
+    "grey picture": lambda path: dld.plot_image_samples([PICTURES[0][..., 0]], [WRONG], path, "title"),
+    "maps": lambda path: dld.plot_image_maps(PICTURES, [RIGHT, WRONG], [np.eye(32), np.zeros((32, 32))], path, "t"),
+    "texts": lambda path: dld.plot_text_samples(["costs $5 or $6 \\alpha", ""], [RIGHT, WRONG], path, "title"),
+    "words": lambda path: dld.plot_text_weights(["", ""], [RIGHT, WRONG], WORDS, path, "title"),
+    "comparison": lambda path: dld.plot_comparison([ROW, {**ROW, "label": "mnist mlp"}], path, "title"),
+}
+
+
+@pytest.mark.parametrize("kind", DRAW)
+def test_figures_are_drawn_and_repeat_to_the_byte(kind, tmp_path):
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # silenced by the program, see below
+        DRAW[kind](one)
+        DRAW[kind](two)
+    assert one.read_bytes() == two.read_bytes()
+    with Image.open(one) as picture:
+        assert 1000 <= picture.width <= 1600 and picture.height >= 200
+        shades = np.asarray(picture.convert("L"))
+    assert (shades < 200).mean() > 0.002 and shades.std() > 5, "blank"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_right_and_wrong_differ_without_colour():
+    assert "✓" in RIGHT.line and "✗" in WRONG.line and "true: airplane" in WRONG.line
+
+
+def test_every_picture_of_a_grid_is_drawn(tmp_path):
+    dld.plot_image_samples([np.zeros((8, 8), np.uint8)] * 12, [RIGHT] * 12, tmp_path / "a.png", "title")
+    with Image.open(tmp_path / "a.png") as picture:
+        black = np.asarray(picture.convert("L")) < 20
+    assert black.mean() > 0.25

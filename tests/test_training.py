@@ -1,0 +1,142 @@
+"""The loop: seeds, schedules, resuming, and what decides the best epoch."""
+import dataclasses
+
+import pytest
+import torch
+from conftest import dld, small
+
+
+def fit(raw, config, before=None, on_epoch=lambda state: None):
+    """Train without a run folder; `before` may touch the data or the state first."""
+    runtime = dld.start_runtime(config)
+    data = dld.build_data(raw, config)
+    torch.manual_seed(config.seed)
+    state = dld.new_state(dld.place_model(dld.build_model(data.meta), runtime), config, runtime)
+    if before:
+        before(data, state)
+    dld.fit(state, data, config, runtime, on_epoch)
+    return state
+
+
+def figures(state):
+    """The history without its times."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in state.history]
+
+
+def same_weights(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one.model.state_dict().values(), two.model.state_dict().values(),
+                                                 strict=True))
+
+
+@pytest.mark.parametrize(("task", "precision"), [("cifar10", "fp32"), ("cifar10", "bf16"), ("mnist", "fp32"),
+                                                 ("sentiment", "bf16")])
+def test_one_seed_gives_the_same_bits_and_another_does_not(task, precision, request):
+    raw = request.getfixturevalue({"cifar10": "shapes", "mnist": "digits", "sentiment": "reviews"}[task])
+    config = small(task, limit=150, epochs=2, precision=precision)
+    one, two = fit(raw, config), fit(raw, config)
+    assert same_weights(one, two) and figures(one) == figures(two)
+    assert not same_weights(one, fit(raw, dataclasses.replace(config, seed=1)))
+
+
+def test_labels_of_the_test_part_never_matter_to_training(digits):
+    def forge(data, _):
+        data.labels[data.parts["test"]] = 0
+
+    config = small("mnist", limit=300, epochs=4)
+    one, two = fit(digits, config), fit(digits, config, before=forge)
+    assert one.best == two.best and figures(one) == figures(two) and same_weights(one, two)
+
+
+@pytest.mark.parametrize("task", ["mnist", "sentiment"])
+def test_a_resumed_run_ends_with_the_same_bits(task, request, tmp_path):
+    raw = request.getfixturevalue({"mnist": "digits", "sentiment": "reviews"}[task])
+    config = small(task, limit=200, epochs=4, schedule="plateau")
+    whole = fit(raw, config)
+
+    class Stop(Exception):
+        pass
+
+    def stop(state):
+        state.save(tmp_path / "checkpoint.pt")
+        if state.epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(raw, config, on_epoch=stop)
+    resumed = fit(raw, config, before=lambda _, state: state.load(tmp_path / "checkpoint.pt"))
+    assert figures(resumed) == figures(whole) and same_weights(resumed, whole)
+    assert all(torch.equal(resumed.best_weights[k], v) for k, v in whole.best_weights.items())
+    names = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in names)
+
+
+def test_the_best_epoch_is_the_best_on_validation_and_patience_stops(digits):
+    state = fit(digits, small("mnist", limit=200, epochs=30, patience=2, lr=0.02, schedule="constant"))
+    scores = [(row["val_accuracy"], -row["val_loss"]) for row in state.history]
+    assert state.best["epoch"] == 1 + scores.index(max(scores))
+    assert state.epoch < 30 and state.stale == 2
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "onecycle", "plateau", "constant"])
+def test_schedules_warm_up_and_end_where_they_should(schedule):
+    config = small("mnist", lr=0.1, schedule=schedule)
+    rates = [dld.learning_rate(config, step / 1000, 1.0) for step in range(1000)]
+    assert rates[0] < 0.01 and max(rates) == pytest.approx(0.1, rel=0.01)
+    assert rates[-1] == pytest.approx(0 if schedule in ("cosine", "onecycle") else 0.1, abs=0.001)
+    peak = rates.index(max(rates))
+    assert rates[:peak + 1] == sorted(rates[:peak + 1]) and rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_plateau_lowers_the_rate_only_when_validation_stalls(digits):
+    def never_better(data, state):
+        state.best = {"epoch": 0, "val_accuracy": 2.0, "val_loss": 0.0}
+        state.best_weights = state.model.state_dict()
+
+    rates = [row["learning_rate"] for row in fit(digits, small("mnist", limit=100, epochs=6, schedule="plateau"),
+                                                  before=never_better).history]
+    assert rates[1] == rates[0] * 1 and rates[2] == pytest.approx(0.3 * rates[1])
+    assert rates[4] == pytest.approx(0.09 * rates[1])
+
+
+def test_weight_decay_spares_biases_and_norms(digits):
+    config = small("cifar10", weight_decay=0.5)
+    model = dld.build_model({"kind": "image", "model": "classic", "channels": 3, "side": 32, "classes": ["a", "b"],
+                             "dropout": 0.5})
+    decayed, spared = dld.new_state(model, config, dld.start_runtime(config)).optimizer.param_groups
+    assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim == 1 for p in spared["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_a_loss_that_explodes_ends_with_advice(digits):
+    def poison(data, state):
+        next(state.model.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(dld.Failure, match=r"became nan in epoch 1; try a smaller --lr"):
+        fit(digits, small("mnist", limit=50, epochs=2), before=poison)
+
+
+def test_clipping_bounds_the_step(digits):
+    """With a tiny bound and plain SGD the weights can move by no more than rate x bound."""
+    config = small("mnist", limit=64, epochs=1, batch_size=64, clip=1e-3, schedule="constant", weight_decay=0)
+    moved = {}
+
+    def plain(data, state):
+        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1)
+        moved["before"] = torch.cat([p.detach().flatten().clone() for p in state.model.parameters()])
+
+    state = fit(digits, config, before=plain)
+    after = torch.cat([p.detach().flatten() for p in state.model.parameters()])
+    assert 0 < (after - moved["before"]).norm() <= config.lr * 1e-3 * 1.01
+
+
+def test_logits_come_back_in_the_order_of_the_rows(reviews):
+    config = small("sentiment")
+    runtime = dld.start_runtime(config)
+    data = dld.build_data(reviews, config)
+    model = dld.build_model(data.meta)
+    rows = data.parts["test"]
+    logits = dld.compute_logits(model, data.samples, rows, runtime)
+    mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(dld.compute_logits(model, data.samples, rows[mixed], runtime), logits[mixed],
+                               atol=1e-5, rtol=0)
