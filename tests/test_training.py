@@ -40,11 +40,12 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(task, precision, requ
 
 def test_labels_of_the_test_part_never_matter_to_training(digits):
     def forge(data, _):
+        data.labels = data.labels.clone()
         data.labels[data.parts["test"]] = 0
 
     config = small("mnist", limit=300, epochs=4)
     one, two = fit(digits, config), fit(digits, config, before=forge)
-    assert one.best == two.best and figures(one) == figures(two) and same_weights(one, two)
+    assert one.best["epoch"] == two.best["epoch"] and figures(one) == figures(two) and same_weights(one, two)
 
 
 @pytest.mark.parametrize("task", ["mnist", "sentiment"])

@@ -56,7 +56,8 @@ def main():
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     torch_mb = importing_torch_mb()
-    print(f"Seeds {args.seeds}\n\n| task | test accuracy | whole process | first step | training | data share | memory |")
+    print(f"Seeds {args.seeds}\n")
+    print("| task | test accuracy | whole process | first step | training | data share | memory |")
     print("|---|---|---|---|---|---|---|")
     for task in args.tasks:
         flags = TASKS[task] + (QUICK[task] if args.quick else [])
