@@ -43,6 +43,7 @@ import difflib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -176,6 +177,11 @@ def setting(group: str, default: Any, text: str, **rules: Any) -> Any:
     return dataclasses.field(default=default, metadata={"group": group, "help": text, **rules})
 
 
+def flag_name(field: str) -> str:
+    """label_smoothing -> --label-smoothing"""
+    return "--" + field.replace("_", "-")
+
+
 @dataclass(frozen=True)
 class Config:
     """One run. Settled as {task's defaults, saved run, flags given}; the flags below show what holds for every task."""
@@ -197,7 +203,8 @@ class Config:
                             choices=("cosine", "onecycle", "plateau", "constant"))
     weight_decay: float = setting("training", 0.01, "AdamW's, on weights only: not on biases and norms", low=0)
     label_smoothing: float = setting("training", 0.0, "share of the target spread over all classes", low=0, high=0.99)
-    dropout: float = setting("training", 0.3, "share of activations dropped in training", low=0, high=0.95)
+    dropout: float = setting("training", 0.3, "share of activations dropped in training; not of torchvision models",
+                             low=0, high=0.95)
     clip: float = setting("training", 1.0, "largest gradient norm (0: do not clip)", low=0)
     patience: int = setting("training", 0, "stop after so many epochs without a better validation accuracy (0: never)",
                             low=0)
@@ -231,11 +238,6 @@ class Config:
         return Path(self.data_dir or os.environ.get("DLD_DATA_DIR") or "data").expanduser()
 
 
-def flag_name(field: str) -> str:
-    """label_smoothing -> --label-smoothing"""
-    return "--" + field.replace("_", "-")
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """Settings from a file, refused when one is unknown."""
     values, known = read_json(path), [field.name for field in dataclasses.fields(Config)]
@@ -249,6 +251,14 @@ def read_config(path: Path) -> dict[str, Any]:
 # ║ 3  Runtime                                                                                                       ║
 # ║    Which device, which precision, which seed. Knows nothing of tasks.                                            ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def cpu_name() -> str:
+    """The processor's name as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8")):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 @dataclass(frozen=True)
@@ -272,34 +282,6 @@ class Runtime:
         return f"{self.device.type} ({cpu_name()}, {torch.get_num_threads()} threads), {self.precision}"
 
 
-def cpu_name() -> str:
-    """The processor's name as far as the system tells it."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text("utf-8")):
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def start_runtime(config: Config) -> Runtime:
-    """Pick device and precision, seed the global generators."""
-    has_mps = torch.backends.mps.is_available()
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this PyTorch sees no CUDA device; use --device auto or cpu")
-    if name == "mps" and not has_mps:
-        raise UsageError("--device mps: no Apple GPU is available here; use --device auto or cpu")
-    if name == "mps" and config.precision in ("bf16", "fp16"):
-        raise UsageError(f"--precision {config.precision}: Apple GPUs train in fp32 here; use --precision auto")
-    if name == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(config.seed)
-    precision = pick_precision(name) if config.precision == "auto" else config.precision
-    return Runtime(torch.device(name), precision)
-
-
 def pick_precision(device: str) -> str:
     """The precision this hardware is really faster with."""
     if device == "cuda":
@@ -313,11 +295,32 @@ def pick_precision(device: str) -> str:
     return "fp32"
 
 
-def progress_bar(total: int, unit: str, scaled: bool = False) -> tqdm[Any]:
+def start_runtime(config: Config) -> Runtime:
+    """Pick device and precision, seed the global generators."""
+    has_mps = torch.backends.mps.is_available()
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this PyTorch sees no CUDA device; use --device auto or cpu")
+    if name == "mps" and not has_mps:
+        raise UsageError("--device mps: no Apple GPU is available here; use --device auto or cpu")
+    if name == "mps" and config.precision in ("bf16", "fp16"):
+        raise UsageError(f"--precision {config.precision}: Apple GPUs compute in fp32; use that or --device cpu")
+    if name == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(config.seed)
+    precision = pick_precision(name) if config.precision == "auto" else config.precision
+    return Runtime(torch.device(name), precision)
+
+
+def progress_bar(total: int, unit: str, done: int = 0, scaled: bool = False) -> tqdm[Any]:
     """One bar at a time, gone when done; silent where output is a file, so that logs keep only what is said."""
     shown = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(total=total, unit=unit, unit_scale=scaled, leave=False, disable=not shown, dynamic_ncols=True,
-                mininterval=0.2, file=sys.stderr)
+    return tqdm(total=total, initial=done, unit=unit, unit_scale=scaled, leave=False, disable=not shown,
+                dynamic_ncols=True, mininterval=0.2, file=sys.stderr)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -387,6 +390,24 @@ def split_rows(raw: Raw, config: Config) -> dict[str, Tensor]:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
+def fast_layout(device: torch.device) -> torch.memory_format:
+    """What convolutions are fastest with; on Apple GPUs it makes batch norm fail (pytorch 175189, 181411)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def vary(x: Tensor, noise: torch.Generator, flip: bool = False, shift: float = 0, rotate: float = 0) -> Tensor:
+    """Mirror, shift (pixels) and rotate (degrees) each picture at random: one pass of interpolation for all three."""
+    n, _, height, width = x.shape
+    draw = torch.rand(4, n, 1, 1, generator=noise, device=x.device) * 2 - 1  # uniform in [-1, 1]
+    cos, sin = (draw[0] * math.radians(rotate)).cos(), (draw[0] * math.radians(rotate)).sin()
+    mirror = 1 - 2 * (draw[1] < 0).float() if flip else torch.ones_like(draw[1])
+    across = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=x.device).view(1, 1, -1) * mirror
+    down = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=x.device).view(1, -1, 1)
+    grid = torch.stack((cos * across - sin * down + draw[2] * (2 * shift / width),
+                        sin * across + cos * down + draw[3] * (2 * shift / height)), -1)
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
 class Images:
     """Pictures as one uint8 tensor; a batch is cut, augmented and normalised on the model's device."""
 
@@ -411,24 +432,11 @@ class Images:
         x = self.pixels[rows.to(self.pixels.device)].float().sub_(self.mean).div_(self.deviation)
         if noise is not None and self.augment:
             x = vary(x, noise, **self.augment)
-        return x.contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=fast_layout(x.device))
 
     def show(self, row: int) -> np.ndarray:
         """One picture to look at, [H, W] or [H, W, 3]."""
         return self.pixels[row].permute(1, 2, 0).squeeze(-1).cpu().numpy()
-
-
-def vary(x: Tensor, noise: torch.Generator, flip: bool = False, shift: float = 0, rotate: float = 0) -> Tensor:
-    """Mirror, shift (pixels) and rotate (degrees) each picture at random: one pass of interpolation for all three."""
-    n, _, height, width = x.shape
-    draw = torch.rand(4, n, 1, 1, generator=noise, device=x.device) * 2 - 1  # uniform in [-1, 1]
-    cos, sin = (draw[0] * math.radians(rotate)).cos(), (draw[0] * math.radians(rotate)).sin()
-    mirror = draw[1].sign() if flip else torch.ones_like(draw[1])
-    across = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=x.device).view(1, 1, -1) * mirror
-    down = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=x.device).view(1, -1, 1)
-    grid = torch.stack((cos * across - sin * down + draw[2] * (2 * shift / width),
-                        sin * across + cos * down + draw[3] * (2 * shift / height)), -1)
-    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
 def pack_images(x: Any) -> Tensor:
@@ -462,7 +470,11 @@ def open_images(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
         raise UsageError(f"--predict {argument}: not a picture that can be read ({problem})") from problem
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)  # transparent means white paper
     flat = ImageOps.fit(flat.convert("L" if meta["channels"] == 1 else "RGB"), (meta["side"], meta["side"]))
-    return [(argument, np.asarray(flat).reshape(meta["side"], meta["side"], meta["channels"]).transpose(2, 0, 1))]
+    x = np.asarray(flat).reshape(meta["side"], meta["side"], meta["channels"]).transpose(2, 0, 1)
+    border = np.median((x[0, 0], x[0, -1], x[0, :, 0], x[0, :, -1]))
+    if meta["channels"] == 1 and meta["mean"][0] < 0.5 and border > 127:
+        x = 255 - x  # ink on paper, for a model that learnt light on dark, as MNIST is
+    return [(argument, x)]
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -559,8 +571,10 @@ def open_texts(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
     """A sentence, or a file with one text a line: (text, text) for each."""
     with contextlib.suppress(OSError, ValueError):  # a long sentence is no possible file name
         if Path(argument).is_file():
-            lines = Path(argument).read_text("utf-8", errors="replace").splitlines()
+            lines = Path(argument).read_text("utf-8-sig", errors="replace").splitlines()
             return [(line, line) for line in lines if line.strip()]
+    if re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
+        raise UsageError(f"--predict {argument}: no such file; a sentence is given as it is, in quotes")
     return [(argument, argument)]
 
 
@@ -585,6 +599,20 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
+def download_file(url: str, path: Path, archive: Archive) -> None:
+    """One attempt, with a bar; raises OSError unless exactly the right bytes arrived."""
+    request = urllib.request.Request(url, headers={"User-Agent": "deep_learning_deliverable"})
+    with urllib.request.urlopen(request, timeout=4) as answer, path.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        with progress_bar(total, "B", scaled=True) as bar:
+            bar.set_description(archive.name)
+            while block := answer.read(1 << 16):
+                file.write(block)
+                bar.update(len(block))
+    if file_md5(path) != archive.md5:
+        raise OSError("what arrived is not the right file (md5 differs)")
+
+
 def fetch(archive: Archive, folder: Path, download: bool) -> Path:
     """The archive in this folder: already there, or downloaded from the first mirror that gives the right bytes."""
     path = folder / archive.name
@@ -607,27 +635,14 @@ def fetch(archive: Archive, folder: Path, download: bool) -> Path:
     raise DataMissing(f"could not download {archive.name} ({'; '.join(problems)}); {by_hand}")
 
 
-def download_file(url: str, path: Path, archive: Archive) -> None:
-    """One attempt, with a bar; raises OSError unless exactly the right bytes arrived."""
-    request = urllib.request.Request(url, headers={"User-Agent": "deep_learning_deliverable"})
-    with urllib.request.urlopen(request, timeout=4) as answer, path.open("wb") as file:
-        total = int(answer.headers.get("Content-Length") or 0)
-        with progress_bar(total, "B", scaled=True) as bar:
-            bar.set_description(archive.name)
-            while block := answer.read(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-    if file_md5(path) != archive.md5:
-        raise OSError("what arrived is not the right file (md5 differs)")
-
-
 def unpack(archive: Path, inside: str) -> Path:
     """Unpack a tar file beside itself, under a temporary name until it is complete."""
     target = archive.parent / inside
     try:
         with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as scratch:
             with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")
+                safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not before Python 3.10.12
+                tar.extractall(scratch, **safely)  # type: ignore[arg-type]
             os.replace(Path(scratch) / inside, target)
     except (OSError, tarfile.TarError, EOFError) as problem:
         raise DataError(f"cannot unpack {archive}: {problem}") from problem
@@ -759,19 +774,6 @@ SHAPES: dict[str, Callable[..., np.ndarray]] = {  # u, v in [-1, 1]; r, a the sa
 }
 
 
-def make_shapes(n_train: int = 8000, n_test: int = 2000) -> Raw:
-    """CIFAR-10's stand-in: ten shapes of varying size, place, colour and rotation on cluttered backgrounds."""
-    rng = np.random.default_rng(2026)
-    n = n_train + n_test
-    y = rng.permutation(np.arange(n) % len(SHAPES))
-    x = np.empty((n, 3, 32, 32), np.uint8)
-    masks = np.empty((n, 32, 32), bool)
-    for first in range(0, n, 500):
-        rows = slice(first, first + 500)
-        x[rows], masks[rows] = draw_shapes(y[rows], rng)
-    return Raw("offline shapes (stand-in, not CIFAR-10)", list(SHAPES), x, y, n_train, "offline-shapes", masks)
-
-
 def draw_shapes(y: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 [n, 3, 32, 32] of the shapes numbered y, and where the shape is [n, 32, 32]."""
     n = len(y)
@@ -807,6 +809,19 @@ def draw_shapes(y: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np
         picture = np.where(stroke, uniform(0, 1, 3, 1, 1), picture)
     picture = picture + rng.normal(0, 0.05, picture.shape)
     return (picture.clip(0, 1) * 255).astype(np.uint8), cover[:, 0] > 0.5
+
+
+def make_shapes(n_train: int = 8000, n_test: int = 2000) -> Raw:
+    """CIFAR-10's stand-in: ten shapes of varying size, place, colour and rotation on cluttered backgrounds."""
+    rng = np.random.default_rng(2026)
+    n = n_train + n_test
+    y = rng.permutation(np.arange(n) % len(SHAPES))
+    x = np.empty((n, 3, 32, 32), np.uint8)
+    masks = np.empty((n, 32, 32), bool)
+    for first in range(0, n, 500):
+        rows = slice(first, first + 500)
+        x[rows], masks[rows] = draw_shapes(y[rows], rng)
+    return Raw("offline shapes (stand-in, not CIFAR-10)", list(SHAPES), x, y, n_train, "offline-shapes", masks)
 
 
 def make_digits() -> Raw:
@@ -863,10 +878,10 @@ def make_reviews(n_train: int = 6000, n_test: int = 2000) -> Raw:
         else:
             won, lost = clause(label, rng.random() < 0.2), clause(1 - label, rng.random() < 0.2)
             core = pick(CONTRASTS).format(won=won, lost=lost)
-        sentences, target = [core], rng.integers(9, 50)
-        while sum(len(s.split()) for s in sentences) < target:
-            sentences.insert(rng.integers(len(sentences) + 1), pick(FILLERS))
-        clean = (" ".join(s.split()).replace(" ,", ",").capitalize() + "." for s in sentences)
+        lines, target = [core], rng.integers(9, 50)
+        while sum(len(line.split()) for line in lines) < target:
+            lines.insert(rng.integers(len(lines) + 1), pick(FILLERS))
+        clean = (" ".join(line.split()).replace(" ,", ",").capitalize() + "." for line in lines)
         return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", re.sub(r"\bi\b", "I", " ".join(clean)))
 
     y = rng.permutation(np.arange(n_train + n_test) % 2)
@@ -931,7 +946,7 @@ def torchvision_model(meta: dict[str, Any]) -> nn.Module:
         with contextlib.suppress(AttributeError):
             if isinstance(body.get_submodule(pool), nn.MaxPool2d):
                 body.set_submodule(pool, nn.Identity())
-    for side in (meta["side"], 64, 96, 128, 224, 299):
+    for side in (meta["side"], 64, 96, 112, 128, 224, 299):
         model = body if side == meta["side"] else Enlarge(side, body)
         try:
             with torch.no_grad():
@@ -1008,9 +1023,22 @@ def check_model(name: str, own: dict[str, Any], with_torchvision: bool) -> None:
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 
+def load_file(path: Path) -> dict[str, Any]:
+    """A model.pt or checkpoint.pt, never executing code, or one clear line."""
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as problem:
+        raise UsageError(f"{path} is not there; is {path.parent} a run folder?") from problem
+    except Exception as problem:  # torch raises many kinds for damaged or foreign files
+        raise UsageError(f"{path} is damaged or not made by this program") from problem
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UsageError(f"{path} was not made by this version of the program (format {FORMAT})")
+    return values
+
+
 @dataclass
 class State:
-    """Everything that training owns; saving it and loading it again continues as if nothing had happened."""
+    """Everything that training owns; on a CPU, saving and loading it continues as if nothing had happened."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -1033,8 +1061,9 @@ class State:
         """One file, tensors and plain Python only, so that loading it never runs code."""
         values: dict[str, Any] = {name: getattr(self, name) for name in self.PLAIN}
         values |= {name: getattr(self, name).state_dict() for name in self.OWNED}
+        on_gpu = self.noise.device.type == "cuda"
         values |= {"format": FORMAT, "order": self.order.get_state(), "noise": self.noise.get_state(),
-                   "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+                   "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
         write_atomically(path, lambda part: torch.save(values, part))
 
     def load(self, path: Path) -> None:
@@ -1048,25 +1077,12 @@ class State:
         torch.set_rng_state(values["torch"])
         with contextlib.suppress(RuntimeError):  # another kind of device: its own fresh noise must do
             self.noise.set_state(values["noise"])
-            torch.cuda.set_rng_state_all(values["cuda"])
+            torch.cuda.set_rng_state_all(values["cuda"][:torch.cuda.device_count()])
 
     @property
     def stale(self) -> int:
         """Epochs since the best one."""
         return self.epoch - int(self.best["epoch"]) if self.best else 0
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """A model.pt or checkpoint.pt, never executing code, or one clear line."""
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as problem:
-        raise UsageError(f"{path} is not there; is {path.parent} a run folder?") from problem
-    except Exception as problem:  # torch raises many kinds for damaged or foreign files
-        raise UsageError(f"{path} is damaged or not made by this program") from problem
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise UsageError(f"{path} was not made by this version of the program (format {FORMAT})")
-    return values
 
 
 def new_state(model: nn.Module, config: Config, runtime: Runtime) -> State:
@@ -1148,8 +1164,7 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
     forward = torch.compile(state.model) if config.compile else state.model
     val_labels = data.labels[data.parts["val"]]
     n_train = len(data.parts["train"])
-    with progress_bar(n_train * config.epochs, " samples") as bar:
-        bar.update(n_train * state.epoch)
+    with progress_bar(n_train * config.epochs, " samples", n_train * state.epoch) as bar:
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
             started = time.perf_counter()
             bar.set_description(f"epoch {state.epoch + 1}/{config.epochs}")
@@ -1200,12 +1215,14 @@ def measure(logits: Tensor, y: Tensor) -> dict[str, float]:
 def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
     """Multiply-adds for this input, counted operation by operation on the CPU in float32."""
     from torch.utils.flop_counter import FlopCounterMode
-    device = x.device
-    # oneDNN's fused LSTM is one opaque operation to the counter; without it the products inside are seen.
+    device, fast_attention = x.device, torch.backends.mha.get_fastpath_enabled()
+    # Fused LSTMs and attention are one opaque operation to the counter; unfused, the products inside are seen.
+    torch.backends.mha.set_fastpath_enabled(False)
     with warnings.catch_warnings(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         warnings.simplefilter("ignore")  # switching oneDNN off and on mentions Intel's GPUs
         with torch.backends.mkldnn.flags(enabled=False):
             model.cpu().eval()(x.cpu())
+    torch.backends.mha.set_fastpath_enabled(fast_attention)
     model.to(device)
     return counter.get_total_flops() // 2
 
@@ -1223,7 +1240,7 @@ def median_latency(model: nn.Module, x: Tensor, runtime: Runtime) -> float:
 
 
 def peak_memory_mb(runtime: Runtime) -> float | None:
-    """Most memory held at once: on the GPU, else by this process; unknown on Windows."""
+    """Most memory held at once: by this run on an NVIDIA GPU, else by the process; unknown on Windows."""
     if runtime.device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     try:
@@ -1443,6 +1460,7 @@ def plot_image_maps(pictures: list[np.ndarray], verdicts: list[Verdict], maps: l
                     title: str) -> None:
     """Each picture beside the same picture under its map; an empty map leaves it as it is."""
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     pairs = 3
     lines = math.ceil(len(pictures) / pairs)
     with canvas(path, 8, 1.6 * lines + 1) as figure:
@@ -1458,16 +1476,10 @@ def plot_image_maps(pictures: list[np.ndarray], verdicts: list[Verdict], maps: l
             layer = colormaps["inferno"](strength)
             layer[..., 3] = 0.75 * strength ** 0.5
             right.imshow(layer, interpolation="bilinear")
-        bar = figure.colorbar(matplotlib_scale("inferno"), ax=grid, orientation="horizontal", shrink=0.4, aspect=40,
+        bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=grid, orientation="horizontal", shrink=0.4, aspect=40,
                               pad=0.02)
         bar.set_ticks([0, 1], labels=["no influence", "strongest"])
         figure.suptitle(title)
-
-
-def matplotlib_scale(name: str) -> Any:
-    """A colour scale from 0 to 1 for a colour bar."""
-    from matplotlib.cm import ScalarMappable
-    return ScalarMappable(cmap=name)
 
 
 def plot_text_samples(texts: list[str], verdicts: list[Verdict], path: Path, title: str) -> None:
@@ -1483,6 +1495,17 @@ def plot_text_samples(texts: list[str], verdicts: list[Verdict], path: Path, tit
             axes.text(0.2, i + 0.5, shown, va="center", fontsize=8.5)
             axes.axhline(i + 1, color="#dddddd", linewidth=0.8)
         figure.suptitle(title)
+
+
+def strongest_passage(words: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
+    """At most this many neighbouring words: those that weigh most together, an ellipsis where words are left out."""
+    if len(words) <= most:
+        return words
+    sums = np.convolve([weight for _, weight in words], np.ones(most), "valid")
+    first = int(sums.argmax())
+    before = [("…", 0.0)] if first else []
+    after = [("…", 0.0)] if first + most < len(words) else []
+    return before + words[first:first + most] + after
 
 
 def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
@@ -1519,17 +1542,6 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
         figure.text(0.5, 1 - 40 / (y + 10), title, ha="center", va="center", fontsize=11)
 
 
-def strongest_passage(words: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
-    """At most this many neighbouring words: those that weigh most together, an ellipsis where words are left out."""
-    if len(words) <= most:
-        return words
-    sums = np.convolve([weight for _, weight in words], np.ones(most), "valid")
-    first = int(sums.argmax())
-    before = [("…", 0.0)] if first else []
-    after = [("…", 0.0)] if first + most < len(words) else []
-    return before + words[first:first + most] + after
-
-
 def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Bars for each run: accuracy with its interval, training time, size and speed."""
     names = [row["label"] for row in rows]
@@ -1545,12 +1557,13 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             bars = axes.barh(names, values, color=BLUE, height=0.6)
             if key == "test_accuracy":
                 ends = [(row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key]) for row in rows]
-                axes.errorbar(values, names, xerr=np.array(ends).T * scale, fmt="none", color="black", capsize=4)
+                error = np.array(ends).T.clip(0) * scale
+                axes.errorbar(values, names, xerr=error, fmt="none", color="black", capsize=4)
             axes.bar_label(bars, [form.format(value) for value in values], padding=10, fontsize=9)
             axes.set(title=label, xlim=(0, max(values) * 1.3), xticks=[])
             axes.grid(visible=False)
         figure.axes[0].invert_yaxis()
-        figure.suptitle(title)
+        figure.suptitle(textwrap.fill(title, 84))
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1610,12 +1623,12 @@ EXPLANATIONS = {"gradcam": "Grad-CAM: where the network saw evidence for the cla
 
 def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False) -> Config:
     """The task's defaults, overridden by a saved run, overridden by the flags given."""
-    name = {**saved, **given}.get("task", "cifar10")
+    name = str({**saved, **given}.get("task", "cifar10"))
     if name not in TASKS:
         raise UsageError(f"--task {name}: choose from {', '.join(TASKS)}, all{nearest(name, [*TASKS, 'all'])}")
     task = TASKS[name]
-    dry = {"epochs": 1, "limit": 64} if {**saved, **given}.get("dry_run") else {}
-    config = Config(**{**task.defaults, **(task.offline_defaults if stand_in else {}), **dry, **saved, **given})
+    dry = {"epochs": 1, "limit": 64} if given.get("dry_run") else {}
+    config = Config(**{**task.defaults, **(task.offline_defaults if stand_in else {}), **saved, **dry, **given})
     check_model(config.model, KINDS[task.kind].models, with_torchvision=task.kind == "image")
     return config
 
@@ -1644,7 +1657,7 @@ def build_data(raw: Raw, config: Config) -> Data:
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name, "stand_in": bool(raw.slug),
             "classes": raw.classes, "model": config.model, "dropout": config.dropout,
             "augment": task.augment if config.augment else {}, **kind.learn(packed, parts["train"], config)}
-    return Data(raw.name, raw.slug, kind.samples(packed, meta), torch.from_numpy(raw.y), parts, meta)
+    return Data(raw.name, raw.slug, kind.samples(packed, meta), torch.from_numpy(raw.y.astype(np.int64)), parts, meta)
 
 
 def build_model(meta: dict[str, Any]) -> nn.Module:
@@ -1661,16 +1674,16 @@ def build_model(meta: dict[str, Any]) -> nn.Module:
 
 def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
     """Make wanted, or wanted-2, -3 ...: the first that does not exist, so that nothing is ever overwritten."""
-    number = 1
-    while True:
-        path = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
-        try:
-            make(path)
-            return path
-        except FileExistsError:
-            number += 1
-        except OSError as problem:
-            raise Failure(f"cannot write {path}: {problem.strerror}; try another --output-dir") from problem
+    try:
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            path = wanted if number == 1 else wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
+            with contextlib.suppress(FileExistsError):
+                make(path)
+                break
+        return path
+    except OSError as problem:
+        raise Failure(f"cannot write {wanted}: {problem.strerror}; try another --output-dir") from problem
 
 
 def quoted(path: Path) -> str:
@@ -1683,6 +1696,11 @@ def save_model(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> 
     write_atomically(path, lambda part: torch.save({"format": FORMAT, "meta": meta, "weights": weights}, part))
 
 
+def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
+    """On the device, convolution weights in the layout that is fastest there."""
+    return model.to(memory_format=fast_layout(runtime.device)).to(runtime.device)
+
+
 def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a finished run, on its device, and its meta."""
     if not run.is_dir():
@@ -1691,11 +1709,6 @@ def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
     model = build_model(saved["meta"])
     model.load_state_dict(saved["weights"])
     return place_model(model, runtime), saved["meta"]
-
-
-def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """On the device, convolution weights in the memory format that is fastest for them."""
-    return model.to(memory_format=torch.channels_last).to(runtime.device)
 
 
 def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -1794,8 +1807,7 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
     for row in rows:
         row["label"] = f"{row['task']} {row['model']}"
     report = fresh_path(output_dir / "comparison.md", lambda path: path.open("x").close())
-    stand_ins = any(row["stand_in"] for row in rows)
-    title = f"{len(rows)} tasks compared" + (" (offline stand-in data)" if stand_ins else "")
+    title = f"{len(rows)} tasks compared: {', '.join(row['dataset'] for row in rows)}"
     write_csv(report.with_suffix(".csv"), list(COMPARED), [[row[key] for key in COMPARED] for row in rows])
     plot_comparison(rows, report.with_suffix(".png"), title)
     table = [[key.replace("_", " "), *(form.format(row[key]) for row in rows)] for key, form in COMPARED.items()]
@@ -1815,52 +1827,6 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
 MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "output_dir")  # by --resume, without changing the past
 
 
-def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, resume: Path | None = None) -> Path:
-    """From flags to a finished run folder."""
-    started = time.perf_counter()
-    config = settle(saved or {}, given)
-    runtime = start_runtime(config)
-    raw = load_raw(config, log)
-    config = settle(saved or {}, given, stand_in=bool(raw.slug))
-    config = dataclasses.replace(config, data="offline" if raw.slug else "real", precision=runtime.precision)
-    data = build_data(raw, config)
-    torch.manual_seed(config.seed)  # so that the weights do not depend on how the data was made
-    model = place_model(build_model(data.meta), runtime)
-    data.samples.to(runtime.device)
-    state = new_state(model, config, runtime)
-    name = "-".join(filter(None, (config.task, raw.slug, "dry-run" if config.dry_run else "")))
-    folder = resume or fresh_path(Path(config.output_dir) / name, lambda path: path.mkdir(parents=True))
-    if resume:
-        state.load(folder / "checkpoint.pt")
-    write_json(folder / "config.json", dataclasses.asdict(config))
-    log.attach(folder / "log.txt")
-    parameters = sum(p.numel() for p in model.parameters())
-    log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
-    log(f"Data    {data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items()))
-    log(f"Device  {runtime.describe()}")
-    log(f"Folder  {folder.resolve()}\n")
-    metrics: dict[str, Any] = {
-        "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(raw.slug),
-        "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
-        "torch": torch.__version__, "version": VERSION, **data.facts(), "status": "started",
-        "seconds_setup": round(time.perf_counter() - started, 2)}
-    try:
-        fit(state, data, config, runtime, on_epoch=lambda state: after_epoch(folder, state, data, config, log))
-        metrics |= finish(folder, state, data, runtime)
-        metrics["status"] = "finished"
-    except BaseException as problem:
-        metrics["status"] = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
-        raise
-    finally:
-        metrics["seconds_total"] = round(time.perf_counter() - started, 2)
-        write_json(folder / "metrics.json", metrics)
-        if metrics["status"] != "finished" and state.epoch:
-            log(f"\nStopped after {state.epoch} of {config.epochs} epochs. Continue with:\n"
-                f"  python {Path(__file__).name} --resume {quoted(folder)}")
-    conclude(folder, metrics, data, log)
-    return folder
-
-
 def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log) -> None:
     """What an epoch leaves behind: a checkpoint, a line, and its place in the curves."""
     state.save(folder / "checkpoint.pt")
@@ -1869,7 +1835,8 @@ def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log
         f"train {row['train_loss']:.3f} {row['train_accuracy']:6.1%}   "
         f"validation {row['val_loss']:.3f} {row['val_accuracy']:6.1%}   {row['seconds']:6.1f} s"
         + ("   best" if state.stale == 0 else ""))
-    write_progress(folder, state, f"{data.name} · {config.model} · still training", least_seconds=5)
+    with contextlib.suppress(PermissionError):  # Windows, while somebody looks at the file: the next epoch writes it
+        write_progress(folder, state, f"{data.name} · {config.model} · still training", least_seconds=5)
 
 
 def finish(folder: Path, state: State, data: Data, runtime: Runtime) -> dict[str, Any]:
@@ -1905,6 +1872,53 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
         log(f"Note          trained on {data.name}")
 
 
+def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, into: Path | None = None) -> Path:
+    """From flags to a finished run folder."""
+    started = time.perf_counter()
+    config = settle(saved or {}, given)
+    runtime = start_runtime(config)
+    raw = load_raw(config, log)
+    config = settle(saved or {}, given, stand_in=bool(raw.slug))
+    config = dataclasses.replace(config, data="offline" if raw.slug else "real", precision=runtime.precision)
+    data = build_data(raw, config)
+    torch.manual_seed(config.seed)  # so that the weights do not depend on how the data was made
+    model = place_model(build_model(data.meta), runtime)
+    data.samples.to(runtime.device)
+    state = new_state(model, config, runtime)
+    name = "-".join(filter(None, (config.task, raw.slug, "dry-run" if config.dry_run else "")))
+    folder = into or fresh_path(Path(config.output_dir) / name, Path.mkdir)
+    if into:
+        state.load(folder / "checkpoint.pt")
+        started -= state.seconds  # so that the total counts what was trained before
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    log.attach(folder / "log.txt")
+    parameters = sum(p.numel() for p in model.parameters())
+    log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
+    log(f"Data    {data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items()))
+    log(f"Device  {runtime.describe()}")
+    log(f"Folder  {folder.resolve()}\n")
+    metrics: dict[str, Any] = {
+        "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(raw.slug),
+        "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
+        "torch": torch.__version__, "version": VERSION, **data.facts(), "status": "started",
+        "seconds_setup": round(time.perf_counter() - started, 2)}
+    try:
+        fit(state, data, config, runtime, on_epoch=lambda state: after_epoch(folder, state, data, config, log))
+        metrics |= finish(folder, state, data, runtime)
+        metrics["status"] = "finished"
+    except BaseException as problem:
+        metrics["status"] = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
+        raise
+    finally:
+        metrics["seconds_total"] = round(time.perf_counter() - started, 2)
+        write_json(folder / "metrics.json", metrics)
+        if metrics["status"] != "finished" and state.epoch:
+            log(f"\nStopped after {state.epoch} of {config.epochs} epochs. Continue with:\n"
+                f"  python {Path(__file__).name} --resume {quoted(folder)}")
+    conclude(folder, metrics, data, log)
+    return folder
+
+
 def train_all(given: dict[str, Any], log: Log) -> None:
     """Every task in turn, then the comparison."""
     each = [{**given, "task": name} for name in TASKS]
@@ -1918,6 +1932,8 @@ def train_all(given: dict[str, Any], log: Log) -> None:
     report = write_comparison(runs, runs[0].parent)
     log("=" * 100 + "\n" + report.read_text("utf-8"))
     log(f"Comparison    {report.resolve()}, .png and .csv beside it")
+    if stand_ins := [name for run in runs if "stand-in" in (name := read_json(run / "metrics.json")["dataset"])]:
+        log(f"Note          trained on {', '.join(stand_ins)}")
 
 
 def resume(run: Path, given: dict[str, Any], log: Log) -> None:
@@ -1927,10 +1943,13 @@ def resume(run: Path, given: dict[str, Any], log: Log) -> None:
         if key not in MAY_CHANGE:
             raise UsageError(f"--resume: {flag_name(key)} would change the past; "
                              f"only {', '.join(map(flag_name, MAY_CHANGE))} may be given")
-    done = load_file(run / "checkpoint.pt")["epoch"]
+    checkpoint = load_file(run / "checkpoint.pt")
+    done, stale = checkpoint["epoch"], checkpoint["epoch"] - checkpoint["best"]["epoch"]
     finished = (run / "metrics.json").exists() and read_json(run / "metrics.json").get("status") == "finished"
     if finished and given.get("epochs", saved["epochs"]) <= done:
         raise UsageError(f"{run} has finished its {done} epochs; give --epochs {2 * done} to train it further")
+    if finished and 0 < given.get("patience", saved["patience"]) <= stale:
+        raise UsageError(f"{run} ended for want of patience; give --patience 0 to train it further")
     train(given, log, saved, run)
 
 
@@ -1966,8 +1985,9 @@ def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) ->
     shares = compute_logits(model, samples, torch.arange(len(opened)), runtime).softmax(1)
     for (name, _), share in zip(opened, shares, strict=True):
         order = share.argsort(descending=True)[:3].tolist()
+        shown = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
         first, *others = (f"{meta['classes'][i]} {share[i]:.1%}" for i in order)
-        log(f"{first:20} {'(' + ', '.join(others) + ')':34} {textwrap.shorten(name, 70) or '(empty)'}")
+        log(f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}")
     if meta["stand_in"]:
         log(f"Note: this model was trained on {meta['dataset']}")
 

@@ -27,7 +27,7 @@ def metrics_of(run):
 
 def small(task, **settings):
     """A quick run's config on offline data."""
-    given = {"task": task, "data": "offline", "precision": "fp32", **settings}
+    given = {"task": task, "data": "offline", "precision": "fp32", "device": "cpu", **settings}
     return dld.settle({}, given, stand_in=True)
 
 
@@ -52,6 +52,6 @@ def finished(tmp_path_factory):
     place = tmp_path_factory.mktemp("finished")
     runs = {}
     for task, settings in (("cifar10", {"limit": 300}), ("mnist", {"limit": 900}), ("sentiment", {"limit": 200})):
-        given = {"task": task, "data": "offline", "epochs": 2, "output_dir": str(place), **settings}
+        given = {"task": task, "data": "offline", "device": "cpu", "epochs": 2, "output_dir": str(place), **settings}
         runs[task] = dld.train(given, dld.Log())
     return runs

@@ -46,7 +46,7 @@ def test_all_tasks_and_their_comparison_from_one_command(tmp_path):
     assert [row["label"].split()[0] for row in table] == list(EXPLANATION)
     assert all(int(row["multiply_adds"]) > 0 for row in table)
     report = (tmp_path / "outputs" / "comparison.md").read_text("utf-8")
-    assert "One picture costs cifar10 classic" in report
+    assert "One picture costs cifar10 classic" in report and "stand-in" in done.stdout.splitlines()[-1]
     assert (tmp_path / "outputs" / "comparison.png").stat().st_size > 10_000
 
 
@@ -90,7 +90,8 @@ def test_metrics_hold_what_was_promised(finished):
                     "train_accuracy", "val_accuracy", "test_accuracy", "test_accuracy_low", "test_accuracy_high",
                     "test_macro_f1", "test_loss", "seconds_training", "seconds_total", "peak_memory_mb", "status",
                     "train_samples", "val_rows_sha256", "multiply_adds", "latency_ms", "samples_per_second", "model_mb"}
-        assert promised <= metrics.keys() and None not in metrics.values()
+        assert promised <= metrics.keys()
+        assert [key for key, value in metrics.items() if value is None and key != "peak_memory_mb"] == []
         assert all(not isinstance(value, dict | list) for value in metrics.values()), "flat"
         head, *rows = csv.reader((run / "history.csv").open(encoding="utf-8"))
         assert tuple(head) == dld.HISTORY and len(rows) == metrics["epochs"]
@@ -173,7 +174,16 @@ def test_resume_continues_in_the_same_folder(finished, tmp_path, capsys):
     assert dld.main(["--resume", str(run), "--epochs", "3"]) == 0
     metrics = metrics_of(run)
     assert metrics["epochs"] == 3 and metrics["status"] == "finished"
+    assert metrics["seconds_total"] > metrics["seconds_training"]
     assert len((run / "history.csv").read_text("utf-8").splitlines()) == 4
+
+
+def test_resume_after_patience_ended_a_run_asks_for_more_patience(finished, tmp_path, capsys):
+    run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    checkpoint = dld.load_file(run / "checkpoint.pt")
+    torch.save({**checkpoint, "best": {**checkpoint["best"], "epoch": 1}}, run / "checkpoint.pt")
+    assert dld.main(["--resume", str(run), "--epochs", "9", "--patience", "1"]) == 2
+    assert "ended for want of patience; give --patience 0" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_can(tmp_path, capsys, monkeypatch):
@@ -184,11 +194,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_can(tmp_path, capsys, monkeypa
         if state.epoch == 2:
             raise KeyboardInterrupt
 
-    flags = ["--task", "mnist", "--data", "offline", "--limit", "100", "--epochs", "3", "--output-dir", str(tmp_path)]
+    flags = ["--task", "mnist", "--data", "offline", "--limit", "100", "--epochs", "3", "--device", "cpu",
+             "--output-dir", str(tmp_path)]
     monkeypatch.setattr(dld, "after_epoch", interrupt)
     assert dld.main(flags) == 130
     run = tmp_path / "mnist-offline-digits"
-    assert metrics_of(run)["status"] == "interrupted" and f"--resume {run}" in capsys.readouterr().out
+    assert metrics_of(run)["status"] == "interrupted" and f"--resume {dld.quoted(run)}" in capsys.readouterr().out
     monkeypatch.setattr(dld, "after_epoch", real)
     assert dld.main(["--resume", str(run)]) == 0
     assert dld.main(flags) == 0
@@ -254,6 +265,7 @@ def test_a_new_task_is_one_entry(tmp_path, monkeypatch, capsys):
 ])
 def test_bad_input_is_one_clear_line(flags, code, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for name, text in (("bad", "{"), ("list", "[]"), ("typo", '{"epoch": 3}'), ("wrong", '{"epochs": "ten"}')):
         (tmp_path / f"{name}.json").write_text(text)
     before = sorted(tmp_path.iterdir())
@@ -267,6 +279,7 @@ def test_bad_files_for_predict_and_resume(finished, tmp_path, capsys):
     (tmp_path / "no.png").write_text("not a picture")
     cases = [(["--predict", str(tmp_path / "no.png"), "--run", str(finished["cifar10"])], "not a picture"),
              (["--predict", "gone.png", "--run", str(finished["cifar10"])], "no such file"),
+             (["--predict", "gone.txt", "--run", str(finished["sentiment"])], "no such file"),
              (["--predict", "x", "--run", str(finished["sentiment"]), "--lr", "1"], "leave out --lr"),
              (["--evaluate", "--run", str(finished["mnist"]), "--seed", "1"], "leave out --seed")]
     for flags, message in cases:
