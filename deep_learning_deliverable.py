@@ -1386,7 +1386,8 @@ def plot_curves(history: list[dict[str, float]], best_epoch: int, path: Path, ti
             axes.axvline(best_epoch, color=ORANGE, linewidth=1, linestyle=":")
             axes.plot([best_epoch], [value], "*", color=ORANGE, markersize=12, linestyle="none",
                       label=f"best epoch: {best_epoch}")
-            axes.set(title=f"{name} ({value:.1f}% at best)" if scale == 100 else f"{name} ({value:.3f} at best)",
+            best = f"{value:.1f}%" if scale == 100 else f"{value:.3f}"
+            axes.set(title=f"{name} (best epoch, validation: {best})",
                      xlabel="epoch", ylabel="accuracy in %" if scale == 100 else "cross-entropy")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(frameon=True)
