@@ -1692,6 +1692,13 @@ def quoted(path: Path) -> str:
     return f'"{path}"' if " " in str(path) else str(path)
 
 
+def this_command() -> str:
+    """How this program is started from here, for the commands that it proposes."""
+    script = Path(__file__)
+    here = Path(script.name).exists()
+    return f"{quoted(Path(sys.orig_argv[0]))} {quoted(Path(script.name) if here else script)}"
+
+
 def save_model(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Weights and everything that predicting needs besides."""
     write_atomically(path, lambda part: torch.save({"format": FORMAT, "meta": meta, "weights": weights}, part))
@@ -1868,7 +1875,7 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
         f"with the weights of epoch {metrics['best_epoch']}")
     log(f"Time          {metrics['seconds_total']:.0f} s, {metrics['seconds_training']:.0f} s of it training")
     log(f"Results       {folder.resolve()}")
-    log(f"Next          python {Path(__file__).name} --predict {example} --run {quoted(folder)}")
+    log(f"Next          {this_command()} --predict {example} --run {quoted(folder)}")
     if data.slug:
         log(f"Note          trained on {data.name}")
 
@@ -1915,7 +1922,7 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
         write_json(folder / "metrics.json", metrics)
         if metrics["status"] != "finished" and state.epoch:
             log(f"\nStopped after {state.epoch} of {config.epochs} epochs. Continue with:\n"
-                f"  python {Path(__file__).name} --resume {quoted(folder)}")
+                f"  {this_command()} --resume {quoted(folder)}")
     conclude(folder, metrics, data, log)
     return folder
 
