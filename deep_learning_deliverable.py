@@ -208,7 +208,7 @@ class Config:
     clip: float = setting("training", 1.0, "largest gradient norm (0: do not clip)", low=0)
     patience: int = setting("training", 0, "stop after so many epochs without a better validation accuracy (0: never)",
                             low=0)
-    seed: int = setting("training", 0, "of everything random; on a CPU the same seed gives the same bits", low=0)
+    seed: int = setting("training", 0, "of everything random; on a CPU, the same seed gives the same bits", low=0)
     device: str = setting("machine", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = setting("machine", "auto", "auto takes what this hardware is really faster with",
                              choices=("auto", "fp32", "bf16", "fp16"))
@@ -570,9 +570,13 @@ class Texts:
 def open_texts(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
     """A sentence, or a file with one text a line: (text, text) for each."""
     with contextlib.suppress(OSError, ValueError):  # a long sentence is no possible file name
+        if argument and Path(argument).is_dir():
+            raise UsageError(f"--predict {argument}: a folder; this run's model reads sentences, or files of lines")
         if Path(argument).is_file():
-            lines = Path(argument).read_text("utf-8-sig", errors="replace").splitlines()
-            return [(line, line) for line in lines if line.strip()]
+            blob = Path(argument).read_bytes()
+            if b"\0" in blob:
+                raise UsageError(f"--predict {argument}: not a text file; this run's model reads texts")
+            return [(line, line) for line in blob.decode("utf-8-sig", "replace").splitlines() if line.strip()]
     if re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
         raise UsageError(f"--predict {argument}: no such file; a sentence is given as it is, in quotes")
     return [(argument, argument)]
@@ -1174,7 +1178,7 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
                               f"try a smaller --lr than {config.lr:g}, or --precision fp32")
             logits = compute_logits(state.model, data.samples, data.parts["val"], runtime)
             row["val_loss"] = float(F.cross_entropy(logits, val_labels))
-            row["val_accuracy"] = float((logits.argmax(1) == val_labels).float().mean())
+            row["val_accuracy"] = float((logits.argmax(1) == val_labels).double().mean())
             state.epoch += 1
             state.seconds += time.perf_counter() - started
             state.history.append({"epoch": state.epoch, "seconds": round(state.seconds, 3), **row})
@@ -1376,12 +1380,13 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
 def plot_curves(history: list[dict[str, float]], best_epoch: int, path: Path, title: str) -> None:
     """Loss and accuracy over the epochs, training against validation, the best epoch marked."""
     epochs = [int(row["epoch"]) for row in history]
+    size = 4 if len(epochs) < 30 else 0  # many markers hide their line
     with canvas(path, 8, 3.8) as figure:
         for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             scale = 100 if name == "accuracy" else 1
             for part, label, colour, marker in (("train", "training", GREY, "s"), ("val", "validation", BLUE, "o")):
                 axes.plot(epochs, [row[f"{part}_{name}"] * scale for row in history], color=colour, marker=marker,
-                          markersize=4, linestyle="--" if part == "train" else "-", label=label)
+                          markersize=size, linestyle="--" if part == "train" else "-", label=label)
             value = history[best_epoch - 1][f"val_{name}"] * scale
             axes.axvline(best_epoch, color=ORANGE, linewidth=1, linestyle=":")
             axes.plot([best_epoch], [value], "*", color=ORANGE, markersize=12, linestyle="none",
@@ -1390,6 +1395,7 @@ def plot_curves(history: list[dict[str, float]], best_epoch: int, path: Path, ti
             axes.set(title=f"{name} (best epoch, validation: {best})",
                      xlabel="epoch", ylabel="accuracy in %" if scale == 100 else "cross-entropy")
             axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
             axes.legend(frameon=True)
         figure.suptitle(title)
 
@@ -1405,7 +1411,7 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
                         vmin=0, vmax=1 if normalise else None, linewidths=0.5, xticklabels=classes, yticklabels=classes,
                         cbar_kws={"shrink": 0.75, "label": "share of the row" if normalise else "samples"}, ax=axes)
         axes.set(xlabel="predicted", ylabel="true")
-        axes.tick_params(axis="x", rotation=45 if max(map(len, classes)) > 2 else 0)
+        axes.tick_params(axis="x", rotation=45 if len("".join(classes)) > 24 else 0)
         axes.tick_params(axis="y", rotation=0)
         for label in axes.get_xticklabels():
             label.set_ha("right" if label.get_rotation() else "center")
@@ -1602,7 +1608,7 @@ class Task:
 
     kind: str
     real: Callable[[Path, bool], Raw]  # (data folder, may download) -> the data, or DataMissing
-    offline: Callable[[], Raw]
+    offline: Callable[[], Raw] | None  # a stand-in, where there is one
     defaults: dict[str, Any]  # Config settings
     offline_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -1635,18 +1641,21 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False)
 
 
 def load_raw(config: Config, log: Log) -> Raw:
-    """The data set as --data wants it; a dry run never downloads."""
+    """The data set as --data wants it; a dry run never downloads, and says in the data's name that it was one."""
     task = TASKS[config.task]
-    if config.data == "offline":
-        return task.offline()
+    if config.data == "offline" and not task.offline:
+        raise UsageError(f"--data offline: {config.task} has no built-in data")
     try:
-        return task.real(config.data_path, not config.dry_run)
+        if config.data == "offline":
+            raise DataMissing
+        raw = task.real(config.data_path, not config.dry_run)
     except DataMissing as problem:
-        if config.data == "real":
+        if config.data == "real" or not task.offline:
             raise
         raw = task.offline()
-        log(f"WARNING  {problem}.\n         Going on with {raw.name}: good for trying out, not for claims.\n")
-        return raw
+        if config.data == "auto":
+            log(f"WARNING  {problem}.\n         Going on with {raw.name}: good for trying out, not for claims.\n")
+    return dataclasses.replace(raw, name=f"{raw.name}, dry run") if config.dry_run else raw
 
 
 def build_data(raw: Raw, config: Config) -> Data:
@@ -1712,7 +1721,8 @@ def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
 def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a finished run, on its device, and its meta."""
     if not run.is_dir():
-        raise UsageError(f"--run {run}: no such folder")
+        others = sorted(str(path.parent) for path in run.parent.glob("*/model.pt"))
+        raise UsageError(f"--run {run}: no such folder" + (f"; there are {', '.join(others)}" if others else ""))
     saved = load_file(run / "model.pt")
     model = build_model(saved["meta"])
     model.load_state_dict(saved["weights"])
@@ -1856,7 +1866,7 @@ def finish(folder: Path, state: State, data: Data, runtime: Runtime) -> dict[str
     seen = compute_logits(state.model, data.samples, some, runtime).argmax(1)
     logits = compute_logits(state.model, data.samples, data.parts["test"], runtime)
     values = {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]),
-              "train_accuracy": float((seen == data.labels[some]).float().mean()),
+              "train_accuracy": float((seen == data.labels[some]).double().mean()),
               "val_accuracy": state.best["val_accuracy"], **measure(logits, data.labels[data.parts["test"]]),
               **measure_cost(state, data, runtime), "model_mb": round((folder / "model.pt").stat().st_size / 2**20, 3),
               "seconds_training": round(state.seconds, 2), "seconds_data": round(state.seconds_data, 2)}
@@ -1897,7 +1907,6 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
     folder = into or fresh_path(Path(config.output_dir) / name, Path.mkdir)
     if into:
         state.load(folder / "checkpoint.pt")
-        started -= state.seconds  # so that the total counts what was trained before
     write_json(folder / "config.json", dataclasses.asdict(config))
     log.attach(folder / "log.txt")
     parameters = sum(p.numel() for p in model.parameters())
@@ -1910,6 +1919,7 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
         "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
         "torch": torch.__version__, "version": VERSION, **data.facts(), "status": "started",
         "seconds_setup": round(time.perf_counter() - started, 2)}
+    started -= state.seconds  # the total counts what a resumed run had trained before
     try:
         fit(state, data, config, runtime, on_epoch=lambda state: after_epoch(folder, state, data, config, log))
         metrics |= finish(folder, state, data, runtime)
@@ -1955,7 +1965,7 @@ def resume(run: Path, given: dict[str, Any], log: Log) -> None:
     done, stale = checkpoint["epoch"], checkpoint["epoch"] - checkpoint["best"]["epoch"]
     finished = (run / "metrics.json").exists() and read_json(run / "metrics.json").get("status") == "finished"
     if finished and given.get("epochs", saved["epochs"]) <= done:
-        raise UsageError(f"{run} has finished its {done} epochs; give --epochs {2 * done} to train it further")
+        raise UsageError(f"{run} has finished its {done} epochs; give more --epochs to train it further")
     if finished and 0 < given.get("patience", saved["patience"]) <= stale:
         raise UsageError(f"{run} ended for want of patience; give --patience 0 to train it further")
     train(given, log, saved, run)
@@ -1968,9 +1978,10 @@ def evaluate(run: Path, given: dict[str, Any], log: Log) -> None:
     saved = read_config(run / "config.json")
     config = settle(saved, given)
     runtime = start_runtime(config)
-    model = load_model(run, runtime)[0]
+    model, meta = load_model(run, runtime)
     data = build_data(load_raw(config, log), config)
     logits = compute_logits(model, data.samples.to(runtime.device), data.parts["test"], runtime)
+    log(f"{run}: {meta['model']} on {meta['dataset']}, {len(logits):,} test samples")
     now, before = measure(logits, data.labels[data.parts["test"]]), read_json(run / "metrics.json")
     for key, value in now.items():
         log(f"{key:20} {value:.6f}   recorded {before.get(key, math.nan):.6f}   "
@@ -2018,7 +2029,9 @@ def build_parser() -> Parser:
     for field in dataclasses.fields(Config):
         default = "by task" if field.name in by_task else field.default
         text = field.metadata["help"].format(tasks=", ".join(TASKS))
-        text += "" if default in ("", False) else f" (default: {default})"
+        if field.name in ("schedule", "device", "precision"):
+            text += f": {', '.join(field.metadata['choices'])}"
+        text += "" if default == "" or default is False else f" (default: {default})"
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         if types[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"

@@ -111,7 +111,7 @@ def test_evaluate_gets_the_same_numbers(finished, capsys):
     for run in finished.values():
         assert dld.main(["--evaluate", "--run", str(run)]) == 0
         out = capsys.readouterr().out
-        assert out.count("same") == 5 and f"{metrics_of(run)['test_accuracy']:.6f}" in out
+        assert out.count("same") == 5 and "stand-in" in out and f"{metrics_of(run)['test_accuracy']:.6f}" in out
 
 
 def test_evaluate_says_when_the_numbers_differ(finished, tmp_path, capsys):
@@ -168,13 +168,13 @@ def test_a_config_repeats_its_run_exactly_in_a_new_folder(finished, capsys):
 def test_resume_continues_in_the_same_folder(finished, tmp_path, capsys):
     run = shutil.copytree(finished["mnist"], tmp_path / "run")
     assert dld.main(["--resume", str(run)]) == 2
-    assert "has finished its 2 epochs; give --epochs" in capsys.readouterr().err
+    assert "has finished its 2 epochs; give more --epochs" in capsys.readouterr().err
     assert dld.main(["--resume", str(run), "--lr", "1"]) == 2
     assert "--lr would change the past" in capsys.readouterr().err
     assert dld.main(["--resume", str(run), "--epochs", "3"]) == 0
     metrics = metrics_of(run)
     assert metrics["epochs"] == 3 and metrics["status"] == "finished"
-    assert metrics["seconds_total"] > metrics["seconds_training"]
+    assert metrics["seconds_total"] > metrics["seconds_training"] + metrics["seconds_setup"] - 0.1
     assert len((run / "history.csv").read_text("utf-8").splitlines()) == 4
 
 
@@ -220,6 +220,8 @@ def test_a_new_task_is_one_entry(tmp_path, monkeypatch, capsys):
     def missing(folder, download):
         raise dld.DataMissing("stripes are only made here")
 
+    monkeypatch.setitem(dld.TASKS, "bare", dld.Task("image", missing, None, {"model": "classic"}))
+    assert [dld.main(["--task", "bare", "--data", data]) for data in ("auto", "real", "offline")] == [3, 3, 2]
     monkeypatch.setitem(dld.TASKS, "stripes", dld.Task("image", missing, make_stripes, {"model": "classic",
                                                                                         "epochs": 4}))
     assert dld.main(["--task", "stripes", "--output-dir", str(tmp_path), "--batch-size", "20"]) == 0
@@ -279,6 +281,8 @@ def test_bad_files_for_predict_and_resume(finished, tmp_path, capsys):
     (tmp_path / "no.png").write_text("not a picture")
     cases = [(["--predict", str(tmp_path / "no.png"), "--run", str(finished["cifar10"])], "not a picture"),
              (["--predict", "gone.png", "--run", str(finished["cifar10"])], "no such file"),
+             (["--predict", str(finished["mnist"] / "model.pt"), "--run", str(finished["sentiment"])], "not a text"),
+             (["--predict", str(tmp_path), "--run", str(finished["sentiment"])], "a folder"),
              (["--predict", "gone.txt", "--run", str(finished["sentiment"])], "no such file"),
              (["--predict", "x", "--run", str(finished["sentiment"]), "--lr", "1"], "leave out --lr"),
              (["--evaluate", "--run", str(finished["mnist"]), "--seed", "1"], "leave out --seed")]
@@ -327,6 +331,16 @@ def test_the_readme_lists_every_flag_with_its_help():
     known = {action.option_strings[0]: action.help.replace("%%", "%") for action in dld.build_parser()._actions
              if action.option_strings[0] not in ("-h", "--version")}
     assert listed == known
+
+
+def test_the_readme_has_the_defaults_of_each_task():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for name in ("cifar10", "mnist", "sentiment"):
+        real, offline = (dld.settle({}, {"task": name}, stand_in) for stand_in in (False, True))
+        cells = [str(getattr(real, key)) + (f" ({getattr(offline, key)})" if getattr(real, key) != getattr(offline, key)
+                                             else "") for key in ("model", "epochs", "batch_size", "lr", "schedule",
+                                                                  "dropout")]
+        assert f"| {name} | {' | '.join(cells)} |" in readme
 
 
 def test_the_readme_names_every_artefact_and_metric(finished):
