@@ -1395,7 +1395,7 @@ def plot_curves(history: list[dict[str, float]], best_epoch: int, path: Path, ti
             axes.set(title=f"{name} (best epoch, validation: {best})",
                      xlabel="epoch", ylabel="accuracy in %" if scale == 100 else "cross-entropy")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+            axes.set_xlim(0.5, max(epochs) + 0.5 if epochs[1:] else 2)  # a single epoch, too, gets a whole number
             axes.legend(frameon=True)
         figure.suptitle(title)
 
@@ -1407,7 +1407,7 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
     side = max(5.5, 0.62 * len(classes) + 1.6)
     with canvas(path, side + 0.8, side) as figure:
         axes = figure.subplots()
-        seaborn.heatmap(shown, annot=len(classes) <= 20, fmt=".2f" if normalise else "d", cmap="Blues", square=True,
+        seaborn.heatmap(shown, annot=len(classes) <= 20, fmt=".2f" if normalise else "d", cmap="Blues",
                         vmin=0, vmax=1 if normalise else None, linewidths=0.5, xticklabels=classes, yticklabels=classes,
                         cbar_kws={"shrink": 0.75, "label": "share of the row" if normalise else "samples"}, ax=axes)
         axes.set(xlabel="predicted", ylabel="true")

@@ -21,6 +21,7 @@ DRAW = {
     "one epoch": lambda path: dld.plot_curves(HISTORY[:1], 1, path, "title"),
     "counts": lambda path: dld.plot_confusion(np.arange(9).reshape(3, 3), CLASSES, path, "title", False),
     "shares": lambda path: dld.plot_confusion(np.zeros((3, 3), int), CLASSES, path, "title", True),
+    "two classes": lambda path: dld.plot_confusion(np.ones((2, 2), int), ["negative", "positive"], path, "t", True),
     "pictures": lambda path: dld.plot_image_samples(PICTURES, [RIGHT, WRONG], path, "title"),
     "grey picture": lambda path: dld.plot_image_samples([PICTURES[0][..., 0]], [WRONG], path, "title"),
     "maps": lambda path: dld.plot_image_maps(PICTURES, [RIGHT, WRONG], [np.eye(32), np.zeros((32, 32))], path, "t"),
@@ -42,6 +43,7 @@ def test_figures_are_drawn_and_repeat_to_the_byte(kind, tmp_path):
         assert 900 <= picture.width <= 1600 and picture.height >= 200
         shades = np.asarray(picture.convert("L"))
     assert (shades < 200).mean() > 0.002 and shades.std() > 5, "blank"
+    assert min(shades[:2].min(), shades[-2:].min(), shades[:, :2].min(), shades[:, -2:].min()) > 200, "clipped"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
