@@ -1643,17 +1643,17 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False)
 def load_raw(config: Config, log: Log) -> Raw:
     """The data set as --data wants it; a dry run never downloads, and says in the data's name that it was one."""
     task = TASKS[config.task]
-    if config.data == "offline" and not task.offline:
-        raise UsageError(f"--data offline: {config.task} has no built-in data")
-    try:
-        if config.data == "offline":
-            raise DataMissing
-        raw = task.real(config.data_path, not config.dry_run)
-    except DataMissing as problem:
-        if config.data == "real" or not task.offline:
-            raise
+    if config.data == "offline":
+        if not task.offline:
+            raise UsageError(f"--data offline: {config.task} has no built-in data")
         raw = task.offline()
-        if config.data == "auto":
+    else:
+        try:
+            raw = task.real(config.data_path, not config.dry_run)
+        except DataMissing as problem:
+            if config.data == "real" or not task.offline:
+                raise
+            raw = task.offline()
             log(f"WARNING  {problem}.\n         Going on with {raw.name}: good for trying out, not for claims.\n")
     return dataclasses.replace(raw, name=f"{raw.name}, dry run") if config.dry_run else raw
 
@@ -1983,10 +1983,10 @@ def evaluate(run: Path, given: dict[str, Any], log: Log) -> None:
     logits = compute_logits(model, data.samples.to(runtime.device), data.parts["test"], runtime)
     log(f"{run}: {meta['model']} on {meta['dataset']}, {len(logits):,} test samples")
     now, before = measure(logits, data.labels[data.parts["test"]]), read_json(run / "metrics.json")
+    same = {key: abs(value - before.get(key, math.inf)) < 1e-6 for key, value in now.items()}
     for key, value in now.items():
-        log(f"{key:20} {value:.6f}   recorded {before.get(key, math.nan):.6f}   "
-            f"{'same' if abs(value - before.get(key, math.inf)) < 1e-6 else 'DIFFERENT'}")
-    if any(abs(value - before.get(key, math.inf)) >= 1e-6 for key, value in now.items()):
+        log(f"{key:20} {value:.6f}   recorded {before.get(key, math.nan):.6f}   {'same' if same[key] else 'DIFFERENT'}")
+    if not all(same.values()):
         raise Failure(f"{run} measures differently now; another device, PyTorch or data set can be the reason")
 
 
