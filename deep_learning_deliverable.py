@@ -1496,7 +1496,7 @@ def plot_text_samples(texts: list[str], verdicts: list[Verdict], path: Path, tit
         axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(len(texts), 0))
         for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True)):
-            lines = textwrap.wrap(text or "(empty)", 96)
+            lines = textwrap.wrap(text or "(empty)", 88)
             shown = "\n".join(lines[:3]) + (" …" if len(lines) > 3 else "")
             axes.text(0.0, i + 0.5, verdict.line, color=verdict.colour, va="center", fontsize=9, fontweight="bold")
             axes.text(0.2, i + 0.5, shown, va="center", fontsize=8.5)
