@@ -2,6 +2,7 @@
 """One command, one finished deep-learning deliverable: model, figures, report, numbers that can be believed.
 
     python deep_learning_deliverable.py --task cifar10                  a CNN on CIFAR-10
+    python deep_learning_deliverable.py --task cifar10 --budget 3m      the best CNN that fits into three minutes
     python deep_learning_deliverable.py --task mnist                    an MLP on MNIST
     python deep_learning_deliverable.py --task sentiment                an LSTM with attention on IMDb reviews
     python deep_learning_deliverable.py --task all --data offline       all three on built-in data, and a comparison
@@ -37,7 +38,9 @@ from __future__ import annotations
 import argparse
 import array
 import contextlib
+import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
 import gzip
@@ -65,6 +68,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+STARTED = time.perf_counter()
 try:  # torchvision, scikit-learn, matplotlib and seaborn load where they are used: --help must not wait for them
     import numpy as np
     import torch
@@ -78,14 +82,17 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: the package {missing.name!r} is not installed; try: "
              "pip install torch torchvision scikit-learn matplotlib seaborn numpy tqdm")
 
+IMPORTING = time.perf_counter() - STARTED  # seconds; they belong to what a run takes
+
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ 1  Constants and errors                                                                                          ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 VERSION = "0.1"
-FORMAT = 1  # of model.pt and checkpoint.pt; raised when an older program could no longer read them
+FORMAT = 2  # of model.pt and checkpoint.pt; raised when an older program could no longer read them
 PAD, UNKNOWN = 0, 1  # the two token numbers that are no word
 PARTS = ("train", "val", "test")
+GLANCE = 5000  # training samples, enough to tell the training accuracy to half a point
 
 
 class Failure(Exception):
@@ -182,6 +189,21 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def read_time(text: str) -> float:
+    """90s, 5m or 1h in seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|m|min|h)", text)
+    if not found or not float(found[1]):
+        raise UsageError(f"--budget {text}: give a time with its unit, as 90s, 5m or 1h")
+    return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]
+
+
+def say_time(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass(frozen=True)
 class Config:
     """One run. Settled as {task's defaults, saved run, flags given}; the flags below show what holds for every task."""
@@ -193,17 +215,22 @@ class Config:
     data_dir: str = setting("data", "", "where data sets lie or are put (default: $DLD_DATA_DIR or data)")
     val_fraction: float = setting("data", 0.1, "share of the training data kept for validation", low=0.001, high=0.5)
     limit: int = setting("data", 0, "use at most this many samples of each split (0: all)", low=0)
-    augment: bool = setting("data", True, "vary training pictures: shift, rotate, and mirror where that is harmless")
+    augment: bool = setting("data", True, "vary training pictures as suits the task: shift, mirror, distort")
     max_tokens: int = setting("data", 400, "text: longer ones keep their beginning and their end", low=2)
     vocabulary: int = setting("data", 30_000, "text: how many of the commonest training words are known", low=1)
+    budget: str = setting("training", "", "time for the whole run, as 90s, 5m or 1h: how to spend it best is found out")
     epochs: int = setting("training", 15, "passes over the training data", low=1)
     batch_size: int = setting("training", 128, "samples a step", low=1)
     lr: float = setting("training", 2e-3, "highest learning rate", low=1e-9)
-    schedule: str = setting("training", "cosine", "how the learning rate moves, after a warm-up",
-                            choices=("cosine", "onecycle", "plateau", "constant"))
+    schedule: str = setting("training", "cosine", "how the learning rate moves, after a warm-up (not linear)",
+                            choices=("cosine", "onecycle", "linear", "plateau", "constant"))
     weight_decay: float = setting("training", 0.01, "AdamW's, on weights only: not on biases and norms", low=0)
     label_smoothing: float = setting("training", 0.0, "share of the target spread over all classes", low=0, high=0.99)
-    dropout: float = setting("training", 0.3, "share of activations dropped in training; not of torchvision models",
+    width: int = setting("training", 64, "fast: channels of the first block; mlp: units of a layer", low=4, high=8192)
+    optimizer: str = setting("training", "adamw", "how weights follow gradients (muon suits fast alone)",
+                             choices=("adamw", "muon"))
+    views: bool = setting("training", False, "where the model is unsure, average over mirrored and shifted copies")
+    dropout: float = setting("training", 0.3, "share of activations dropped in training; not of fast or torchvision's",
                              low=0, high=0.95)
     clip: float = setting("training", 1.0, "largest gradient norm (0: do not clip)", low=0)
     patience: int = setting("training", 0, "stop after so many epochs without a better validation accuracy (0: never)",
@@ -231,6 +258,9 @@ class Config:
             if value < rules.get("low", value) or value > rules.get("high", value):
                 bounds = f"at least {rules['low']}" + (f" and at most {rules['high']}" if "high" in rules else "")
                 raise UsageError(f"{flag} {value}: must be {bounds}")
+
+        if self.budget:
+            read_time(self.budget)
 
     @property
     def data_path(self) -> Path:
@@ -295,6 +325,13 @@ def pick_precision(device: str) -> str:
     return "fp32"
 
 
+def keep_memory() -> None:
+    """Let glibc keep large freed blocks: given back, they come again as pages to be zeroed, 15% of a training step."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, 1 << 30)
+
+
 def start_runtime(config: Config) -> Runtime:
     """Pick device and precision, seed the global generators."""
     has_mps = torch.backends.mps.is_available()
@@ -311,6 +348,8 @@ def start_runtime(config: Config) -> Runtime:
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         torch.cuda.reset_peak_memory_stats()
+    if name == "cpu" and sys.platform == "linux":
+        keep_memory()
     torch.manual_seed(config.seed)
     precision = pick_precision(name) if config.precision == "auto" else config.precision
     return Runtime(torch.device(name), precision)
@@ -340,6 +379,7 @@ class Raw:
     n_train: int
     slug: str = ""  # names a stand-in in its run folder; empty for the real data
     masks: np.ndarray | None = None  # bool [N, H, W]: where the object is, when that is known
+    packed: Any = None  # x as one array, once that has been made
 
 
 @dataclass
@@ -395,16 +435,24 @@ def fast_layout(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
-def vary(x: Tensor, noise: torch.Generator, flip: bool = False, shift: float = 0, rotate: float = 0) -> Tensor:
-    """Mirror, shift (pixels) and rotate (degrees) each picture at random: one pass of interpolation for all three."""
+def vary(x: Tensor, noise: torch.Generator, mirrored: Tensor, shift: float = 0, rotate: float = 0, scale: float = 0,
+         shear: float = 0, elastic: float = 0) -> Tensor:
+    """Move (pixels), rotate (degrees), stretch, shear and ripple (pixels) pictures at random, in one interpolation."""
     n, _, height, width = x.shape
-    draw = torch.rand(4, n, 1, 1, generator=noise, device=x.device) * 2 - 1  # uniform in [-1, 1]
-    cos, sin = (draw[0] * math.radians(rotate)).cos(), (draw[0] * math.radians(rotate)).sin()
-    mirror = 1 - 2 * (draw[1] < 0).float() if flip else torch.ones_like(draw[1])
-    across = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=x.device).view(1, 1, -1) * mirror
+    draw = torch.rand(7, n, 1, 1, generator=noise, device=x.device) * 2 - 1  # uniform in [-1, 1]
+    if not (rotate or scale or shear or elastic):
+        draw[:2] = (draw[:2] * (shift + 0.5)).round() / max(shift, 1)  # whole pixels blur nothing
+    cos, sin = (draw[2] * math.radians(rotate)).cos(), (draw[2] * math.radians(rotate)).sin()
+    wide, high, slant = 1 + scale * draw[3], 1 + scale * draw[4], shear * draw[5]
+    across = torch.linspace(1 / width - 1, 1 - 1 / width, width, device=x.device).view(1, 1, -1)
     down = torch.linspace(1 / height - 1, 1 - 1 / height, height, device=x.device).view(1, -1, 1)
-    grid = torch.stack((cos * across - sin * down + draw[2] * (2 * shift / width),
-                        sin * across + cos * down + draw[3] * (2 * shift / height)), -1)
+    across = across * (1 - 2 * mirrored.float().view(-1, 1, 1)) * wide + slant * down
+    down = down * high
+    grid = torch.stack((cos * across - sin * down + draw[0] * (2 * shift / width),
+                        sin * across + cos * down + draw[1] * (2 * shift / height)), -1)  # [n, H, W, 2]
+    if elastic:  # a random vector at each of 7x7 places, smoothly in between
+        coarse = torch.randn(n, 2, 7, 7, generator=noise, device=x.device) * (2 * elastic / width)
+        grid += F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -416,6 +464,7 @@ class Images:
         self.mean = torch.tensor(meta["mean"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.deviation = torch.tensor(meta["deviation"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.augment: dict[str, Any] = meta["augment"]
+        self.sure = 1.0 if meta["views"] else 0.0  # no other views where the best logit leads by more
 
     def to(self, device: torch.device) -> Images:
         """Move everything to the device."""
@@ -427,12 +476,22 @@ class Images:
         positions = torch.arange(len(rows)) if order is None else torch.randperm(len(rows), generator=order)
         return list(positions.tensor_split(math.ceil(len(rows) / size)))  # even sizes: never a last batch of one
 
-    def batch(self, rows: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0) -> Tensor:
         """Normalised pictures [B, C, H, W]; with a generator they are varied."""
-        x = self.pixels[rows.to(self.pixels.device)].float().sub_(self.mean).div_(self.deviation)
+        rows = rows.to(self.pixels.device)
+        x = self.pixels[rows].float().sub_(self.mean).div_(self.deviation)
         if noise is not None and self.augment:
-            x = vary(x, noise, **self.augment)
+            varied = dict(self.augment)
+            # Half of the pictures are mirrored in even epochs and half in odd ones: two epochs show each both ways.
+            mirrored = (rows * 2654435761 // 65536 + epoch) % 2 * varied.pop("flip", 0)
+            x = vary(x, noise, mirrored, **varied)
         return x.contiguous(memory_format=fast_layout(x.device))
+
+    def views(self, x: Tensor) -> list[Tensor]:
+        """The same pictures shifted by a pixel either way, and all of these mirrored where that is harmless."""
+        room = F.pad(x, (1, 1, 1, 1), "reflect")
+        views = [room[..., 2:, 2:], room[..., :-2, :-2]]
+        return views + [view.flip(3) for view in (x, *views)] if self.augment.get("flip") else views
 
     def show(self, row: int) -> np.ndarray:
         """One picture to look at, [H, W] or [H, W, 3]."""
@@ -451,8 +510,18 @@ def learn_images(pixels: Tensor, rows: Tensor, config: Config) -> dict[str, Any]
         x = pixels[some].float().div_(255)
         total += torch.stack((x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))) * (len(some) / len(rows))
     deviation = (total[1] - total[0].square()).clamp(min=1e-6).sqrt()
-    return {"channels": pixels.shape[1], "side": pixels.shape[2], "mean": total[0].tolist(),
-            "deviation": deviation.tolist()}
+    meta = {"channels": pixels.shape[1], "side": pixels.shape[2], "mean": total[0].tolist(),
+            "deviation": deviation.tolist(), "augment": {}, "views": False}
+    return meta | {"patches": patch_covariance(Images(pixels, meta), rows[:5_120_000 // pixels[0, 0].numel()])}
+
+
+def patch_covariance(images: Images, rows: Tensor) -> list[list[float]]:
+    """How the numbers of a 2x2 patch go together in these pictures."""
+    products, sums, n = torch.zeros(()), torch.zeros(()), 0
+    for some in rows.split(250):
+        patches = F.unfold(images.batch(some), 2).transpose(0, 1).flatten(1).double()  # [4 * C, all patches]
+        products, sums, n = products + patches @ patches.T, sums + patches.sum(1), n + patches.shape[1]
+    return (products / n - torch.outer(sums, sums) / n**2).tolist()
 
 
 def open_images(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -521,6 +590,7 @@ class Texts:
     def __init__(self, tokens: Tokens, meta: dict[str, Any]) -> None:
         number = {word: i + 2 for i, word in enumerate(meta["vocabulary"])}
         table = torch.tensor([number.get(word, UNKNOWN) for word in tokens.words], dtype=torch.int32)
+        self.sure = 0.0  # a text has no other views
         self.tokens = tokens
         self.flat = table[tokens.flat]
         self.start = tokens.start[:-1]
@@ -552,7 +622,7 @@ class Texts:
         skipped = (place >= self.head) * (self.length - self.kept)[rows].unsqueeze(1)
         return (self.start[rows].unsqueeze(1) + place + skipped).clamp(max=len(self.flat) - 1), place < kept
 
-    def batch(self, rows: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0) -> Tensor:
         """Token numbers [B, T], PAD behind each text."""
         where, real = (t.to(self.flat.device) for t in self.where(rows))
         return self.flat[where].masked_fill(~real, PAD)
@@ -914,13 +984,53 @@ def classic_cnn(meta: dict[str, Any]) -> nn.Module:
         nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, len(meta["classes"])))
 
 
+class Patches(nn.Conv2d):
+    """The principal components of 2x2 patches at unit variance, and their negatives; only the bias learns."""
+
+    def __init__(self, covariance: list[list[float]]) -> None:
+        size = len(covariance)
+        super().__init__(size // 4, 2 * size, 2)
+        strength, direction = torch.linalg.eigh(torch.tensor(covariance, dtype=torch.float64))
+        filters = (direction / (strength + 5e-4).sqrt()).T.float().view(size, size // 4, 2, 2)
+        self.weight = nn.Parameter(torch.cat((filters, -filters)), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(2 * size))
+
+
+class FastNet(nn.Module):
+    """Six convolutions behind a layer that decorrelates patches, after Keller Jordan's airbench (arXiv 2404.00498).
+
+    tests/benchmarks/ablation.py measures what each trick buys.
+    """
+
+    def __init__(self, meta: dict[str, Any]) -> None:
+        super().__init__()
+        first = Patches(meta["patches"])
+        layers: list[nn.Module] = [first, nn.SiLU()]
+        channels = first.out_channels
+        for width in (meta["width"], 4 * meta["width"], 4 * meta["width"]):
+            for pool in (nn.MaxPool2d(2), nn.Identity()):
+                convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+                nn.init.dirac_(convolution.weight[:channels])  # at first, what comes in also goes out
+                norm = nn.BatchNorm2d(width, momentum=0.4)  # few steps: averages must follow quickly
+                norm.weight.requires_grad_(False)
+                layers += [convolution, pool, norm, nn.SiLU()]
+                channels = width
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, len(meta["classes"]), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
+        return self.head(self.body(x).amax((2, 3))) / 9  # small logits at first, so that no class is sure too early
+
+
 def mlp(meta: dict[str, Any]) -> nn.Module:
-    """Fully connected layers on the flattened picture."""
-    return nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(meta["channels"] * meta["side"] ** 2, 512), nn.ReLU(), nn.Dropout(meta["dropout"]),
-        nn.Linear(512, 256), nn.ReLU(), nn.Dropout(meta["dropout"]),
-        nn.Linear(256, len(meta["classes"])))
+    """Fully connected layers on the flattened picture, nothing else: three hidden ones with batch norm and dropout."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    units = meta["channels"] * meta["side"] ** 2
+    for _ in range(3):
+        layers += [nn.Linear(units, meta["width"], bias=False), nn.BatchNorm1d(meta["width"]), nn.ReLU(),
+                   nn.Dropout(meta["dropout"])]
+        units = meta["width"]
+    return nn.Sequential(*layers, nn.Linear(units, len(meta["classes"])))
 
 
 class Enlarge(nn.Module):
@@ -1002,7 +1112,7 @@ def lstm(meta: dict[str, Any]) -> nn.Module:
     return AttentionLSTM(len(meta["vocabulary"]) + 2, len(meta["classes"]), meta["dropout"])
 
 
-IMAGE_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"classic": classic_cnn, "mlp": mlp}
+IMAGE_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"fast": FastNet, "classic": classic_cnn, "mlp": mlp}
 TEXT_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lstm": lstm}
 
 
@@ -1089,12 +1199,53 @@ class State:
         return self.epoch - int(self.best["epoch"]) if self.best else 0
 
 
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum; each weight but the last steps equally far in all directions (Jordan et al. 2024).
+
+    For networks with a norm behind every layer: there only a weight's direction counts, so its length is kept.
+    """
+
+    def __init__(self, weights: list[nn.Parameter], biases: list[nn.Parameter], lr: float) -> None:
+        groups = [{"params": weights[:-1], "balance": True, "share": 1.0},
+                  {"params": weights[-1:], "balance": False, "share": 5.0},  # shares tuned on validation pictures
+                  {"params": biases, "balance": False, "share": 0.5}]
+        super().__init__(groups, {"lr": lr, "momentum": 0.85})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step, to be taken under autocast: the matrix products may be in low precision."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if p not in self.state:
+                    self.state[p]["speed"] = torch.zeros_like(p)
+                speed = self.state[p]["speed"].mul_(group["momentum"]).add_(p.grad)
+                step = p.grad.add(speed, alpha=group["momentum"])
+                if group["balance"]:
+                    step = balance(step.flatten(1)).view_as(p)
+                    p.mul_(len(p) ** 0.5 / p.norm())
+                p.add_(step, alpha=-group["lr"] * group["share"])
+
+
+def balance(x: Tensor) -> Tensor:
+    """About the orthogonal matrix nearest to x, without decomposing it: a polynomial pulls singular values to 1."""
+    wide = x.T if len(x) > x.shape[1] else x
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(3):
+        square = wide @ wide.T
+        wide = 3.4445 * wide + (2.0315 * square @ square - 4.7750 * square) @ wide
+    return (wide.T if len(x) > x.shape[1] else wide).float()
+
+
 def new_state(model: nn.Module, config: Config, runtime: Runtime) -> State:
     """Optimizer, scaler and generators around a model."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=runtime.device.type in ("cpu", "cuda"))
+    learning = [p for p in model.parameters() if p.requires_grad]
+    weights, others = [p for p in learning if p.ndim >= 2], [p for p in learning if p.ndim < 2]
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "muon":
+        optimizer = Muon(weights, others, config.lr)
+    else:
+        groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=runtime.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
     return State(model, optimizer, scaler, torch.Generator().manual_seed(config.seed),
                  torch.Generator(runtime.device).manual_seed(config.seed))
@@ -1102,11 +1253,12 @@ def new_state(model: nn.Module, config: Config, runtime: Runtime) -> State:
 
 def learning_rate(config: Config, done: float, plateau: float) -> float:
     """The rate after this share of all steps: a linear warm-up, then what the schedule says."""
-    warm = 0.25 if config.schedule == "onecycle" else 0.05
+    warm = {"onecycle": 0.25, "linear": 0.0}.get(config.schedule, 0.05)
     if done < warm:
         return config.lr * max(done, 1e-3) / warm
     rest = (1 - done) / (1 - warm)  # 1 after the warm-up, 0 at the end
-    shape = {"cosine": (1 - math.cos(math.pi * rest)) / 2, "onecycle": rest, "constant": 1.0, "plateau": plateau}
+    shape = {"cosine": (1 - math.cos(math.pi * rest)) / 2, "onecycle": rest, "linear": rest, "constant": 1.0,
+             "plateau": plateau}
     return config.lr * shape[config.schedule]
 
 
@@ -1121,7 +1273,7 @@ def train_epoch(state: State, forward: Callable[[Tensor], Tensor], data: Data, c
     state.model.train()
     for where in batches:
         started = time.perf_counter()
-        x = data.samples.batch(rows[where], state.noise)
+        x = data.samples.batch(rows[where], state.noise, state.epoch)
         y = labels[rows[where].to(runtime.device)]
         state.seconds_data += time.perf_counter() - started
         rate = learning_rate(config, state.step / total_steps, state.plateau)
@@ -1135,7 +1287,8 @@ def train_epoch(state: State, forward: Callable[[Tensor], Tensor], data: Data, c
         if config.clip:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
-        state.scaler.step(state.optimizer)
+        with runtime.autocast():
+            state.scaler.step(state.optimizer)
         state.scaler.update()
         state.step += 1
         seen += len(x)
@@ -1152,19 +1305,30 @@ def train_epoch(state: State, forward: Callable[[Tensor], Tensor], data: Data, c
 def compute_logits(model: nn.Module, samples: Images | Texts, rows: Tensor, runtime: Runtime) -> Tensor:
     """Logits [len(rows), classes] in the order of `rows`, in float32 on the CPU. The only evaluation there is."""
     model.eval()
+
+    def run(x: Tensor) -> Tensor:
+        with runtime.autocast():
+            return model(x).float().cpu()
+
     logits = torch.empty(0)
     for where in samples.plan(rows, 128):
-        x = samples.batch(rows[where])
-        with runtime.autocast():
-            some = model(x).float().cpu()
+        some = run(samples.batch(rows[where]))
         if not len(logits):
             logits = torch.empty(len(rows), some.shape[1])
         logits[where] = some
+    if isinstance(samples, Images) and samples.sure:
+        first, second = logits.topk(2).values.T
+        for where in (first - second < samples.sure).nonzero().flatten().split(128):
+            views = samples.views(samples.batch(rows[where]))
+            logits[where] = torch.stack([logits[where], *map(run, views)]).mean(0)
     return logits
 
 
-def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Callable[[State], None]) -> None:
-    """Train until the epochs are over or patience ends; the validation part alone decides what is best."""
+def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Callable[[State], int | None]) -> None:
+    """Train until the epochs are over or patience ends; the validation part alone decides what is best.
+
+    After each epoch `on_epoch` may say how many there are to be in all: fewer than planned, when time runs out.
+    """
     forward = torch.compile(state.model) if config.compile else state.model
     val_labels = data.labels[data.parts["val"]]
     n_train = len(data.parts["train"])
@@ -1188,7 +1352,8 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
                 state.best_weights = {k: v.detach().cpu().clone() for k, v in state.model.state_dict().items()}
             elif state.stale % 2 == 0:
                 state.plateau *= 0.3
-            on_epoch(state)
+            config = dataclasses.replace(config, epochs=on_epoch(state) or config.epochs)
+            bar.total = n_train * config.epochs
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1610,17 +1775,40 @@ class Task:
     real: Callable[[Path, bool], Raw]  # (data folder, may download) -> the data, or DataMissing
     offline: Callable[[], Raw] | None  # a stand-in, where there is one
     defaults: dict[str, Any]  # Config settings
-    offline_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    offline_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its own model, on the stand-in
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 TASKS = {
-    "cifar10": Task("image", read_cifar10, make_shapes,
-                    {"model": "classic", "epochs": 15, "dropout": 0.5, "lr": 4e-3, "schedule": "onecycle"},
-                    augment={"flip": True, "shift": 3, "rotate": 8}),
-    "mnist": Task("image", read_mnist, make_digits, {"model": "mlp", "epochs": 10, "dropout": 0.2},
-                  {"epochs": 60, "batch_size": 64}, {"shift": 2, "rotate": 10}),
-    "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm", "epochs": 3, "batch_size": 64}, {"epochs": 5}),
+    "cifar10": Task("image", read_cifar10, make_shapes, {"model": "fast"},
+                    {"width": 16, "epochs": 5, "batch_size": 250},
+                    {"flip": True, "shift": 2}),
+    "mnist": Task("image", read_mnist, make_digits, {"model": "mlp"},
+                  {"epochs": 60, "batch_size": 64, "lr": 2e-3, "width": 512},
+                  {"shift": 2, "rotate": 10, "scale": 0.12, "shear": 0.12, "elastic": 0.4}),
+    "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm"}, {"epochs": 5}),
+}
+
+RECIPES: dict[str, dict[str, Any]] = {  # Config settings that suit a model; "" is any other
+    "fast": {"epochs": 12, "batch_size": 500, "optimizer": "muon", "lr": 0.1, "schedule": "linear", "clip": 0.0,
+             "label_smoothing": 0.2, "views": True},
+    "classic": {"epochs": 15, "dropout": 0.5, "lr": 4e-3, "schedule": "onecycle"},
+    "mlp": {"epochs": 36, "dropout": 0.2, "width": 1024, "batch_size": 1024, "lr": 8e-3, "schedule": "onecycle",
+            "views": True},
+    "lstm": {"epochs": 3, "batch_size": 64},
+    "": {"epochs": 15, "lr": 4e-3, "schedule": "onecycle"},
+}
+
+# What a larger --budget buys, by measurement on validation pictures, from the cheapest to the dearest; "" is any other.
+# Few epochs of a wide network lose against more epochs of a narrow one: a network widens once it gets its epochs.
+LADDERS: dict[str, list[dict[str, Any]]] = {
+    "fast": [{"width": width, "epochs": epochs} for width, least, most in (
+        (16, 1, 4), (24, 3, 5), (32, 4, 7), (48, 5, 8), (64, 7, 40)) for epochs in range(least, most + 1)],
+    "mlp": [{"width": width, "epochs": epochs} for width, least, most in ((512, 1, 8), (1024, 5, 60))
+            for epochs in range(least, most + 1)],
+    "lstm": [{"max_tokens": tokens, "epochs": epochs} for tokens, epochs in (
+        (50, 1), (100, 1), (200, 1), (400, 1), (400, 2), (400, 3))],
+    "": [{"epochs": epochs} for epochs in (*range(1, 13), 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 49, 56, 64, 72, 80)],
 }
 
 EXPLANATIONS = {"gradcam": "Grad-CAM: where the network saw evidence for the class it predicted",
@@ -1635,7 +1823,10 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False)
         raise UsageError(f"--task {name}: choose from {', '.join(TASKS)}, all{nearest(name, [*TASKS, 'all'])}")
     task = TASKS[name]
     dry = {"epochs": 1, "limit": 64} if given.get("dry_run") else {}
-    config = Config(**{**task.defaults, **(task.offline_defaults if stand_in else {}), **saved, **dry, **given})
+    model = {**task.defaults, **saved, **given}["model"]
+    small = task.offline_defaults if stand_in and model == task.defaults["model"] else {}
+    defaults = {**RECIPES.get(model, RECIPES[""]), **task.defaults, **small}
+    config = Config(**{**defaults, **saved, **dry, **given})
     check_model(config.model, KINDS[task.kind].models, with_torchvision=task.kind == "image")
     return config
 
@@ -1663,10 +1854,11 @@ def build_data(raw: Raw, config: Config) -> Data:
     task = TASKS[config.task]
     kind = KINDS[task.kind]
     parts = split_rows(raw, config)
-    packed = kind.pack(raw.x)
+    raw.packed = packed = kind.pack(raw.x) if raw.packed is None else raw.packed
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name, "stand_in": bool(raw.slug),
             "classes": raw.classes, "model": config.model, "dropout": config.dropout,
-            "augment": task.augment if config.augment else {}, **kind.learn(packed, parts["train"], config)}
+            **kind.learn(packed, parts["train"], config), "augment": task.augment if config.augment else {},
+            "width": config.width, "views": config.views}
     return Data(raw.name, raw.slug, kind.samples(packed, meta), torch.from_numpy(raw.y.astype(np.int64)), parts, meta)
 
 
@@ -1674,6 +1866,123 @@ def build_model(meta: dict[str, Any]) -> nn.Module:
     """The model that this meta describes, with fresh weights."""
     own = KINDS[meta["kind"]].models
     return own.get(meta["model"], torchvision_model)(meta)
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine was with these settings: seconds to train on a sample, to predict one, to draw a figure."""
+
+    config: Config
+    train: float
+    predict: float
+    figure: float = 0.7
+
+    def seconds(self, data: Data, config: Config, done: int = 0) -> float:
+        """From here to the last artefact; of other settings than those measured, by their arithmetic."""
+        work = (config.width / self.config.width) ** 1.75 * config.max_tokens / self.config.max_tokens
+        train, val, test = (len(data.parts[part]) for part in PARTS)
+        views = 2.5 if data.meta["views"] else 1
+        closing = self.predict * (test * views + min(train, GLANCE)) * work + self.figure * 10
+        return closing + (config.epochs - done) * (self.train * train + self.predict * val * views) * work
+
+
+def measure_pace(data: Data, config: Config, runtime: Runtime) -> Pace:
+    """A few real steps of a model that is thrown away, as those of a run with these settings."""
+    model = place_model(build_model(data.meta), runtime)
+    state = new_state(model, config, runtime)
+    rows = data.parts["train"][torch.randperm(len(data.parts["train"]), generator=state.order)]
+    one_view = copy.copy(data.samples)
+    one_view.sure = 0.0  # a model that knows nothing yet would be unsure of everything
+
+    def train(some: Tensor) -> None:
+        with progress_bar(len(some), " samples") as bar:
+            bar.set_description("measuring")
+            train_epoch(state, model, dataclasses.replace(data, parts={"train": some}), config, runtime, bar)
+
+    def predict(some: Tensor) -> None:
+        compute_logits(model, one_view, some, runtime)
+
+    def timed(job: Callable[[Tensor], None], first: int, then: int) -> float:
+        job(rows[:first])  # the first time is never like the others
+        started = time.perf_counter()
+        job(rows[-then:])
+        return (time.perf_counter() - started) / len(rows[-then:])
+
+    return Pace(config, timed(train, config.batch_size, 3 * config.batch_size), timed(predict, 128, 512))
+
+
+def measure_drawing() -> float:
+    """Seconds for one figure, once the libraries are there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("first", "second"):
+            started = time.perf_counter()
+            plot_confusion(np.eye(10), list("0123456789"), Path(scratch) / name, name, normalise=True)
+    return time.perf_counter() - started
+
+
+@dataclass
+class Clock:
+    """When this run started, what time it may take, and how fast it was found to be."""
+
+    started: float
+    budget: str
+    pace: Pace | None = None
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the run started."""
+        return time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return read_time(self.budget) - self.spent
+
+    def forecast(self, data: Data, config: Config, done: int) -> str:
+        """How long this will take here, for people."""
+        if not self.pace:
+            return "a dry run: some seconds"
+        rest = self.pace.seconds(data, config, done)
+        text = f"about {say_time(self.spent + rest)} here" + (", and compiling" if config.compile else "")
+        if self.budget:
+            return f"{text}: --budget {self.budget} buys " + " ".join(
+                f"{flag_name(key)} {getattr(config, key)}" for key in LADDERS.get(config.model, LADDERS[""])[0])
+        return f"{text}; --budget 3m would make the most of three minutes" if rest > 240 else text
+
+    def affordable(self, data: Data, config: Config, state: State) -> int:
+        """How many epochs in all there is time for, going by those done."""
+        if not self.budget or not self.pace or state.epoch == config.epochs:
+            return config.epochs
+        closing = self.pace.seconds(data, config, config.epochs)
+        more = (1.05 * self.left - closing) / (state.seconds / state.epoch)
+        return min(config.epochs, state.epoch + max(0, int(more)))
+
+
+def make_the_most(raw: Raw, config: Config, runtime: Runtime, given: dict[str, Any], clock: Clock) -> Config:
+    """What --budget buys here: the highest rung of the model's ladder that it pays for."""
+    rungs = [dataclasses.replace(config, **{key: value for key, value in rung.items() if key not in given})
+             for rung in LADDERS.get(config.model, LADDERS[""])]
+    alike = [dataclasses.replace(rung, epochs=1) for rung in rungs]
+    first = [alike.index(rung) for rung in alike]  # of the rungs that differ in epochs alone: those share their pace
+    paces: dict[int, Pace] = {}
+    figure, best = measure_drawing(), 0
+    while first[best] not in paces and len(paces) < 3:
+        data = build_data(raw, rungs[best])
+        data.samples.to(runtime.device)
+        paces[first[best]] = dataclasses.replace(measure_pace(data, rungs[best], runtime), figure=figure)
+        left = clock.left
+        known = [paces[min(paces, key=lambda place: abs(place - i))] for i in first]
+        costs = [1.05 * pace.seconds(data, rung) for pace, rung in zip(known, rungs, strict=True)]
+        best = max((i for i, cost in enumerate(costs) if cost <= left), default=0)
+    if costs[best] > left:
+        least = math.ceil(read_time(config.budget) + costs[best] - left)
+        raise UsageError(f"--budget {config.budget}: {config.task} with {config.model} needs about {least} s here; "
+                         "give it that, or fewer samples with --limit")
+    clock.pace = known[best]
+    return rungs[best]
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1862,7 +2171,7 @@ def finish(folder: Path, state: State, data: Data, runtime: Runtime) -> dict[str
     state.model.load_state_dict(state.best_weights)
     save_model(folder / "model.pt", state.best_weights, data.meta)
     rows = data.parts["train"]
-    some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), 10_000)).long()]  # enough for one decimal
+    some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), GLANCE)).long()]
     seen = compute_logits(state.model, data.samples, some, runtime).argmax(1)
     logits = compute_logits(state.model, data.samples, data.parts["test"], runtime)
     values = {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]),
@@ -1890,20 +2199,32 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
         log(f"Note          trained on {data.name}")
 
 
-def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, into: Path | None = None) -> Path:
-    """From flags to a finished run folder."""
-    started = time.perf_counter()
-    config = settle(saved or {}, given)
+def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log) -> tuple[Config, Runtime, Data, Clock]:
+    """From flags to data on the device, and settings of which nothing is left open."""
+    clock = Clock(time.perf_counter() - IMPORTING, "")
+    config = settle(saved, given)
     runtime = start_runtime(config)
     raw = load_raw(config, log)
-    config = settle(saved or {}, given, stand_in=bool(raw.slug))
+    config = settle(saved, given, stand_in=bool(raw.slug))
     config = dataclasses.replace(config, data="offline" if raw.slug else "real", precision=runtime.precision)
+    if config.budget and not config.dry_run:
+        clock.budget = config.budget
+        config = make_the_most(raw, config, runtime, given, clock)
+    config = dataclasses.replace(config, budget="")  # spent: repeating this run must not depend on the clock
     data = build_data(raw, config)
-    torch.manual_seed(config.seed)  # so that the weights do not depend on how the data was made
-    model = place_model(build_model(data.meta), runtime)
     data.samples.to(runtime.device)
+    if not config.dry_run and not clock.pace:
+        clock.pace = measure_pace(data, config, runtime)
+    return config, runtime, data, clock
+
+
+def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, into: Path | None = None) -> Path:
+    """From flags to a finished run folder."""
+    config, runtime, data, clock = prepare(given, saved or {}, log)
+    torch.manual_seed(config.seed)  # so that the weights depend neither on how the data was made nor on measuring
+    model = place_model(build_model(data.meta), runtime)
     state = new_state(model, config, runtime)
-    name = "-".join(filter(None, (config.task, raw.slug, "dry-run" if config.dry_run else "")))
+    name = "-".join(filter(None, (config.task, data.slug, "dry-run" if config.dry_run else "")))
     folder = into or fresh_path(Path(config.output_dir) / name, Path.mkdir)
     if into:
         state.load(folder / "checkpoint.pt")
@@ -1913,22 +2234,33 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
     log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
     log(f"Data    {data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items()))
     log(f"Device  {runtime.describe()}")
-    log(f"Folder  {folder.resolve()}\n")
+    log(f"Folder  {folder.resolve()}")
+    log(f"Time    {clock.forecast(data, config, state.epoch)}\n")
     metrics: dict[str, Any] = {
-        "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(raw.slug),
+        "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(data.slug),
         "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
         "torch": torch.__version__, "version": VERSION, **data.facts(), "status": "started",
-        "seconds_setup": round(time.perf_counter() - started, 2)}
-    started -= state.seconds  # the total counts what a resumed run had trained before
+        "seconds_setup": round(clock.spent, 2), "seconds_budget": read_time(clock.budget) if clock.budget else 0.0}
+    before = state.seconds  # the total counts what a resumed run had trained before
+
+    def on_epoch(state: State) -> int:
+        nonlocal config
+        if (fewer := clock.affordable(data, config, state)) < config.epochs:
+            log(f"Slower than at the start: {fewer} epochs instead of {config.epochs}, to stay within --budget")
+            config = dataclasses.replace(config, epochs=fewer)
+            write_json(folder / "config.json", dataclasses.asdict(config))
+        after_epoch(folder, state, data, config, log)
+        return config.epochs
+
     try:
-        fit(state, data, config, runtime, on_epoch=lambda state: after_epoch(folder, state, data, config, log))
+        fit(state, data, config, runtime, on_epoch)
         metrics |= finish(folder, state, data, runtime)
         metrics["status"] = "finished"
     except BaseException as problem:
         metrics["status"] = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
         raise
     finally:
-        metrics["seconds_total"] = round(time.perf_counter() - started, 2)
+        metrics["seconds_total"] = round(before + clock.spent, 2)
         write_json(folder / "metrics.json", metrics)
         if metrics["status"] != "finished" and state.epoch:
             log(f"\nStopped after {state.epoch} of {config.epochs} epochs. Continue with:\n"
@@ -1938,12 +2270,15 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
 
 
 def train_all(given: dict[str, Any], log: Log) -> None:
-    """Every task in turn, then the comparison."""
+    """Every task in turn, then the comparison; each task gets an equal share of what is left of a budget."""
+    clock = Clock(time.perf_counter() - IMPORTING, given.get("budget", ""))
     each = [{**given, "task": name} for name in TASKS]
     for one in each:  # refuse what one of them would refuse before the first of them has trained for minutes
         settle({}, one)
     runs = []
-    for one in each:
+    for place, one in enumerate(each):
+        if clock.budget:
+            one["budget"] = f"{max(1, (clock.left - 5) / (len(each) - place)):.0f}s"  # 5 s for the comparison
         log("=" * 100)
         runs.append(train(one, log))
         log.attach(None)
@@ -2025,16 +2360,17 @@ def build_parser() -> Parser:
     groups: dict[str, Any] = {name: parser.add_argument_group(title) for name, title in (
         ("what", "what to train"), ("data", "data"), ("training", "training"), ("machine", "machine and output"))}
     by_task = {key for task in TASKS.values() for key in (*task.defaults, *task.offline_defaults)}
+    by_task |= {key for recipe in RECIPES.values() for key in recipe}
     types = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         default = "by task" if field.name in by_task else field.default
         text = field.metadata["help"].format(tasks=", ".join(TASKS))
-        if field.name in ("schedule", "device", "precision"):
+        if field.name in ("optimizer", "schedule", "device", "precision"):
             text += f": {', '.join(field.metadata['choices'])}"
         text += "" if default == "" or default is False else f" (default: {default})"
         options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
         if types[field.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+            options["action"] = argparse.BooleanOptionalAction if default is not False else "store_true"
         else:
             options |= {"type": types[field.name], "metavar": field.name.split("_")[-1].upper()}
         groups[field.metadata["group"]].add_argument(flag_name(field.name), **options)

@@ -25,9 +25,12 @@ def metrics_of(run):
     return json.loads((run / "metrics.json").read_text("utf-8"))
 
 
+SMALL = {"cifar10": {"width": 16, "batch_size": 100}, "mnist": {"width": 128}}  # networks for tests
+
+
 def small(task, **settings):
     """A quick run's config on offline data."""
-    given = {"task": task, "data": "offline", "precision": "fp32", "device": "cpu", **settings}
+    given = {"task": task, "data": "offline", "precision": "fp32", "device": "cpu", **SMALL.get(task, {}), **settings}
     return dld.settle({}, given, stand_in=True)
 
 
@@ -51,7 +54,8 @@ def finished(tmp_path_factory):
     """Short real trainings, one a task: name -> run folder."""
     place = tmp_path_factory.mktemp("finished")
     runs = {}
-    for task, settings in (("cifar10", {"limit": 300}), ("mnist", {"limit": 900}), ("sentiment", {"limit": 200})):
+    for task, settings in (("cifar10", {"limit": 300, "width": 16, "batch_size": 50}),
+                           ("mnist", {"limit": 900, "width": 128}), ("sentiment", {"limit": 200})):
         given = {"task": task, "data": "offline", "device": "cpu", "epochs": 2, "output_dir": str(place), **settings}
         runs[task] = dld.train(given, dld.Log())
     return runs

@@ -7,11 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, dld, metrics_of, program
+from conftest import ROOT, SCRIPT, dld, metrics_of, program, small
 from PIL import Image
 
 EVERY_RUN = {"training_curves.png", "confusion_matrix.png", "confusion_matrix_norm.png", "sample_predictions.png",
@@ -46,7 +48,7 @@ def test_all_tasks_and_their_comparison_from_one_command(tmp_path):
     assert [row["label"].split()[0] for row in table] == list(EXPLANATION)
     assert all(int(row["multiply_adds"]) > 0 for row in table)
     report = (tmp_path / "outputs" / "comparison.md").read_text("utf-8")
-    assert "One picture costs cifar10 classic" in report and "stand-in" in done.stdout.splitlines()[-1]
+    assert "One picture costs cifar10 fast" in report and "stand-in" in done.stdout.splitlines()[-1]
     assert (tmp_path / "outputs" / "comparison.png").stat().st_size > 10_000
 
 
@@ -234,6 +236,47 @@ def test_a_new_task_is_one_entry(tmp_path, monkeypatch, capsys):
     assert re.match(r"(down|across) ", capsys.readouterr().out)
 
 
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_larger_budget_buys_a_higher_rung_and_flags_given_stay(digits):
+    given = {"task": "mnist", "model": "fast", "data": "offline", "limit": 300, "device": "cpu", "precision": "fp32"}
+    runtime = dld.start_runtime(dld.Config(device="cpu", precision="fp32"))
+
+    def buy(budget, **more):
+        config = dld.settle({}, {**given, **more, "budget": budget})
+        return dld.make_the_most(digits, config, runtime, {**given, **more}, dld.Clock(time.perf_counter(), budget))
+
+    little, much = buy("12s"), buy("10h")
+    rungs = [(rung["width"], rung["epochs"]) for rung in dld.LADDERS["fast"]]
+    assert rungs.index((little.width, little.epochs)) < rungs.index((much.width, much.epochs)) == len(rungs) - 1
+    assert buy("10h", width=8, batch_size=100).width == 8
+
+
+def test_a_run_within_a_budget_records_what_it_chose(tmp_path, capsys):
+    flags = ["--task", "mnist", "--data", "offline", "--limit", "200", "--budget", "15s", "--output-dir", str(tmp_path)]
+    assert dld.main(flags) == 0
+    run = tmp_path / "mnist-offline-digits"
+    config, metrics = (json.loads((run / f"{name}.json").read_text("utf-8")) for name in ("config", "metrics"))
+    assert config["budget"] == "" and config["epochs"] == metrics["epochs"] and metrics["seconds_budget"] == 15
+    width, epochs = re.search(r"--budget 15s buys --width (\d+) --epochs (\d+)", capsys.readouterr().out).groups()
+    assert int(width) == config["width"] and int(epochs) >= config["epochs"], "fewer only if the machine slowed down"
+    assert metrics["seconds_total"] < 25, "wide: a loaded machine must not fail this; tests/benchmarks measures it"
+
+
+def test_a_machine_that_slows_down_gets_fewer_epochs(digits):
+    data = dld.build_data(digits, config := small("mnist", limit=100, epochs=10))
+    pace = dld.Pace(config, train=0.01, predict=0.0, figure=0.1)  # a second an epoch, a second to draw
+    clock = dld.Clock(time.perf_counter() - 4, "12s", pace)
+
+    def affordable(seconds):
+        state = types.SimpleNamespace(epoch=2, seconds=seconds)
+        return clock.affordable(data, config, state)
+
+    assert [affordable(2), affordable(4), affordable(200)] == [9, 5, 2]
+    assert dld.Clock(time.perf_counter(), "", pace).affordable(data, config, None) == 10
+
+
 # -- bad input: one line, the right exit code, nothing written --------------------------------------------------------
 
 
@@ -246,7 +289,9 @@ def test_a_new_task_is_one_entry(tmp_path, monkeypatch, capsys):
     (["--lr", "nan"], 2, "--lr takes a finite float"),
     (["--lr", "-1"], 2, "--lr -1.0: must be at least"),
     (["--val-fraction", "0.9"], 2, "at most 0.5"),
-    (["--schedule", "cosin"], 2, "choose from cosine, onecycle, plateau, constant (did you mean cosine?)"),
+    (["--schedule", "cosin"], 2, "choose from cosine, onecycle, linear, plateau, constant (did you mean cosine?)"),
+    (["--budget", "5"], 2, "--budget 5: give a time with its unit, as 90s, 5m or 1h"),
+    (["--task", "mnist", "--data", "offline", "--budget", "1s"], 2, "--budget 1s: mnist with mlp needs about"),
     (["--precision", "fp8"], 2, "choose from auto, fp32, bf16, fp16"),
     (["--data", "fake"], 2, "choose from auto, real, offline"),
     (["--task", "all", "--model", "resnet18"], 2, "Known: lstm"),
@@ -335,12 +380,15 @@ def test_the_readme_lists_every_flag_with_its_help():
 
 def test_the_readme_has_the_defaults_of_each_task():
     readme = (ROOT / "README.md").read_text("utf-8")
-    for name in ("cifar10", "mnist", "sentiment"):
-        real, offline = (dld.settle({}, {"task": name}, stand_in) for stand_in in (False, True))
+    keys = ("model", "width", "epochs", "batch_size", "optimizer", "lr", "schedule", "dropout", "label_smoothing",
+            "clip", "views")
+    assert f"| task | {' | '.join(f'`{dld.flag_name(key)}`' for key in keys)} |" in readme
+    for given in ({"task": "cifar10"}, {"task": "mnist"}, {"task": "sentiment"},
+                  {"task": "cifar10", "model": "classic"}):
+        real, offline = (dld.settle({}, given, stand_in) for stand_in in (False, True))
         cells = [str(getattr(real, key)) + (f" ({getattr(offline, key)})" if getattr(real, key) != getattr(offline, key)
-                                             else "") for key in ("model", "epochs", "batch_size", "lr", "schedule",
-                                                                  "dropout")]
-        assert f"| {name} | {' | '.join(cells)} |" in readme
+                                             else "") for key in keys]
+        assert f"| {given['task']} | {' | '.join(cells)} |" in readme
 
 
 def test_the_readme_names_every_artefact_and_metric(finished):

@@ -64,28 +64,56 @@ def test_every_picture_comes_once_an_epoch_and_no_batch_is_a_single_one(shapes):
     assert [len(batch) for batch in batches] == [33, 32]
 
 
-def test_varying_by_nothing_changes_nothing_and_flips_are_exact():
+def bright_places(**how):
+    """Where one bright pixel goes, 500 times: across and down from where it was."""
+    x = torch.zeros(500, 1, 33, 33)
+    x[:, :, 16, 26] = 1
+    moved = dld.vary(x, torch.Generator().manual_seed(0), torch.zeros(500), **how).flatten(1).argmax(1)
+    return moved % 33 - 26, moved // 33 - 16
+
+
+def test_varying_by_nothing_changes_nothing_and_mirroring_is_exact():
     x = torch.rand(64, 3, 32, 32)
     noise = torch.Generator().manual_seed(0)
-    torch.testing.assert_close(dld.vary(x, noise), x, atol=1e-5, rtol=0)
-    flipped = dld.vary(x, noise, flip=True)
-    mirrored = [bool((a - b.flip(-1)).abs().max() < 1e-4) for a, b in zip(flipped, x, strict=True)]
-    same = [bool((a - b).abs().max() < 1e-4) for a, b in zip(flipped, x, strict=True)]
-    assert all(m != s for m, s in zip(mirrored, same, strict=True)) and 15 < sum(mirrored) < 49
+    mirrored = torch.arange(64) % 2
+    same = dld.vary(x, noise, torch.zeros(64))
+    torch.testing.assert_close(same, x, atol=1e-5, rtol=0)
+    both = dld.vary(x, noise, mirrored)
+    torch.testing.assert_close(both[::2], x[::2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[1::2], x[1::2].flip(-1), atol=1e-5, rtol=0)
 
 
-def test_shifts_and_turns_stay_within_their_bounds():
-    x = torch.zeros(500, 1, 33, 33)
-    x[:, :, 16, 16] = 1  # one bright pixel in the middle
-    moved = dld.vary(x, torch.Generator().manual_seed(0), shift=3)
-    bright = moved.flatten(1).argmax(1)
-    across, down = bright % 33 - 16, bright // 33 - 16
+def test_every_picture_is_mirrored_every_other_epoch(shapes):
+    data = dld.build_data(shapes, small("cifar10"))
+    data.samples.augment = {"flip": True}
+    rows = data.parts["train"]
+    plain, noise = data.samples.batch(rows), torch.Generator()
+    epochs = [data.samples.batch(rows, noise, epoch) for epoch in (0, 1, 2)]
+    torch.testing.assert_close(epochs[1], epochs[0].flip(-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(epochs[2], epochs[0], atol=1e-4, rtol=0)
+    unchanged = (epochs[0] - plain).abs().amax((1, 2, 3)) < 1e-4
+    assert 0.4 < unchanged.float().mean() < 0.6
+
+
+def test_variations_stay_within_their_bounds():
+    across, down = bright_places(shift=3)
     assert across.min() == down.min() == -3 and across.max() == down.max() == 3
-    x = torch.zeros(500, 1, 33, 33)
-    x[:, :, 16, 30] = 1  # turning moves it along a circle: 14 pixels away, at most 10 degrees
-    turned = dld.vary(x, torch.Generator().manual_seed(0), rotate=10)
-    down = turned.flatten(1).argmax(1) // 33 - 16
-    assert 1 <= down.abs().max() <= 3
+    across, down = bright_places(rotate=20)  # along a circle: 10 pixels from the middle, at most 20 degrees
+    assert 3 <= down.abs().max() <= 4 and across.abs().max() <= 1
+    across, down = bright_places(scale=0.2)
+    assert 2 <= across.abs().max() <= 3 and (down == 0).all()
+    across, down = bright_places(elastic=1)
+    assert 1 <= across.abs().max() <= 4 and 1 <= down.abs().max() <= 4
+
+
+def test_views_are_the_same_pictures_shifted_and_mirrored(shapes):
+    data = dld.build_data(shapes, small("cifar10"))
+    x = data.samples.batch(data.parts["test"][:4])
+    views = data.samples.views(x)
+    assert len(views) == 5 and all(view.shape == x.shape for view in views)
+    assert torch.equal(views[0][..., :-1, :-1], x[..., 1:, 1:]) and torch.equal(views[2], x.flip(3))
+    data.samples.augment = {}
+    assert len(data.samples.views(x)) == 2, "no mirroring where that changes the meaning"
 
 
 def test_pictures_of_any_size_and_mode_can_be_opened(tmp_path):

@@ -48,7 +48,7 @@ def test_costs_are_plausible(digits):
     state = dld.new_state(dld.build_model(data.meta), config, runtime)
     dld.fit(state, data, config, runtime, lambda state: None)
     cost = dld.measure_cost(state, data, runtime)
-    assert cost["multiply_adds"] == 784 * 512 + 512 * 256 + 256 * 10
+    assert cost["multiply_adds"] == 784 * 128 + 2 * 128 * 128 + 128 * 10
     assert 0 < cost["latency_ms"] < 1000 and cost["samples_per_second"] > 1
     assert (dld.peak_memory_mb(runtime) or 51) > 50, 'unknown on Windows'
 

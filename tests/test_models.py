@@ -2,9 +2,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dld
+from conftest import dld, small
 
-PICTURES = {"kind": "image", "channels": 3, "side": 32, "classes": list("abcdefghij"), "dropout": 0.0}
+PICTURES = {"kind": "image", "channels": 3, "side": 32, "classes": list("abcdefghij"), "dropout": 0.0,
+            "width": 16, "patches": torch.eye(12).tolist()}
 TEXTS = {"kind": "text", "classes": ["no", "yes"], "vocabulary": [f"w{i}" for i in range(50)], "dropout": 0.0,
          "model": "lstm"}
 
@@ -13,7 +14,7 @@ def random_ids(n, length, seed=0):
     return torch.randint(2, 52, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", ["classic", "mlp", "resnet18", "lstm"])
+@pytest.mark.parametrize("name", ["fast", "classic", "mlp", "resnet18", "lstm"])
 def test_every_model_overfits_one_batch(name):
     torch.manual_seed(0)
     meta = TEXTS if name == "lstm" else {**PICTURES, "model": name}
@@ -22,7 +23,7 @@ def test_every_model_overfits_one_batch(name):
     y = torch.arange(16) % len(meta["classes"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
-    for _ in range(60):
+    for _ in range(200):
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
@@ -30,6 +31,27 @@ def test_every_model_overfits_one_batch(name):
         if loss < 0.02:
             break
     assert loss < 0.1
+
+
+def test_the_fast_networks_first_layer_decorrelates_real_patches(shapes):
+    data = dld.build_data(shapes, small("cifar10"))
+    model = dld.build_model(data.meta)
+    x = data.samples.batch(data.parts["train"])
+    with torch.no_grad():
+        out = model.body[0](x).transpose(0, 1).flatten(1)  # [24, all patches]
+    torch.testing.assert_close(out[12:], -out[:12], atol=1e-4, rtol=0)
+    covariance = out[:12].cov()
+    strong = covariance.diag() > 0.5  # the others hardly occur in these pictures
+    assert strong.sum() >= 8
+    torch.testing.assert_close(covariance[strong][:, strong], torch.eye(int(strong.sum())), atol=0.1, rtol=0)
+    assert not model.body[0].weight.requires_grad and model.body[0].bias.requires_grad
+
+
+def test_the_fast_network_takes_other_pictures():
+    for channels, side in ((1, 28), (3, 40), (2, 17)):
+        meta = {**PICTURES, "model": "fast", "channels": channels, "side": side,
+                "patches": torch.eye(4 * channels).tolist()}
+        assert dld.build_model(meta).eval()(torch.zeros(2, channels, side, side)).shape == (2, 10)
 
 
 def test_the_classic_cnn_is_what_it_says():
@@ -55,7 +77,7 @@ def test_a_resnet_keeps_its_resolution_on_small_pictures():
 
 
 def test_unknown_models_list_the_known_ones():
-    with pytest.raises(dld.UsageError, match=r"did you mean resnet18\?.*classic, mlp.*vgg11_bn"):
+    with pytest.raises(dld.UsageError, match=r"did you mean resnet18\?.*fast, classic, mlp.*vgg11_bn"):
         dld.settle({}, {"task": "cifar10", "model": "resnet_18"})
     with pytest.raises(dld.UsageError, match=r"Known: lstm$"):
         dld.settle({}, {"task": "sentiment", "model": "resnet18"})
