@@ -264,6 +264,19 @@ def test_a_run_within_a_budget_records_what_it_chose(tmp_path, capsys):
     assert metrics["seconds_total"] < 25, "wide: a loaded machine must not fail this; tests/benchmarks measures it"
 
 
+def test_all_tasks_share_a_budget(finished, monkeypatch):
+    shares = []
+
+    def quick(given, log):
+        shares.append(dld.read_time(given["budget"]))
+        return finished[given["task"]]
+
+    monkeypatch.setattr(dld, "train", quick)
+    assert dld.main(["--task", "all", "--budget", "10m"]) == 0
+    left = 10 * 60 - dld.IMPORTING - 5  # seconds for the comparison
+    assert shares == pytest.approx([left / 3, left / 2, left], abs=3), "here no task uses its share"
+
+
 def test_a_machine_that_slows_down_gets_fewer_epochs(digits):
     data = dld.build_data(digits, config := small("mnist", limit=100, epochs=10))
     pace = dld.Pace(config, train=0.01, predict=0.0, figure=0.1)  # a second an epoch, a second to draw
