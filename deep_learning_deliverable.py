@@ -1451,12 +1451,14 @@ def find_last_map(model: nn.Module, x: Tensor) -> nn.Module | None:
     """The last layer whose output still is a picture: square, 7x7 or a quarter of the input's side at least.
 
     On the offline shapes the map's peak lies on the object twice as often there as at the classic CNN's last 4x4 layer.
+    Not a bare convolution, whose output still lacks its norm and activation.
     """
     found: list[nn.Module] = []
     least = min(7, x.shape[-1] // 4)
 
     def remember(module: nn.Module, _: Any, out: Any) -> None:
-        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] == out.shape[3] >= least:
+        picture = isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] == out.shape[3] >= least
+        if picture and not isinstance(module, nn.Conv2d):
             found.append(module)
 
     with torch.no_grad(), watching(model, remember):
@@ -1465,7 +1467,11 @@ def find_last_map(model: nn.Module, x: Tensor) -> nn.Module | None:
 
 
 def grad_cam(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
-    """Where `layer` saw evidence for each picture's predicted class (Selvaraju et al. 2017), [B, H, W] in 0-1."""
+    """Where `layer` saw evidence for each picture's predicted class, [B, H, W] in 0-1.
+
+    Grad-CAM (Selvaraju et al. 2017) with each place weighed by its own gradient (HiResCAM, Draelos and Carin 2020):
+    weighed by the gradient's mean over all places, every third map of FastNet was empty.
+    """
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, _: Any, out: Tensor) -> Tensor | None:
@@ -1478,8 +1484,7 @@ def grad_cam(model: nn.Module, x: Tensor, layer: nn.Module) -> Tensor:
         logits = model(x.detach().requires_grad_())
         score = logits.max(1).values.sum()
         gradient, = torch.autograd.grad(score, kept[-1])
-    weight = gradient.mean((2, 3), keepdim=True)
-    cam = (weight * kept[-1]).sum(1, keepdim=True).relu().detach()
+    cam = (gradient * kept[-1]).sum(1, keepdim=True).relu().detach()
     cam = F.interpolate(cam.float(), x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-6)
 

@@ -71,6 +71,14 @@ def test_every_image_model_gets_an_explanation(shapes, model, expected):
     assert all(p.grad is None for p in network.parameters())
 
 
+def test_grad_cam_of_the_fast_network_is_seldom_empty(finished):
+    model, meta = dld.load_model(finished["cifar10"], dld.Runtime(torch.device("cpu"), "fp32"))
+    raw = dld.make_shapes(100, 100)
+    name, maps = dld.explain_images(model, dld.Images(dld.pack_images(raw.x), meta), torch.arange(100))
+    assert name == "gradcam"
+    assert sum(cam.max() > 0 for cam in maps) > 80
+
+
 def test_attention_shown_is_attention_used(reviews):
     data = dld.build_data(reviews, small("sentiment"))
     model = dld.build_model(data.meta).eval()
