@@ -92,8 +92,8 @@ def test_muon_balances_a_step_and_keeps_each_weights_length():
     optimizer.step()
     kept = start[0] * 8 ** 0.5 / start[0].norm()  # brought to its length, then moved
     assert 0.05 < (weight - kept).norm() < 0.2
-    torch.testing.assert_close(last, start[1] - 0.1 * 5.0 * 1.85)  # Nesterov's first step: 1 + 0.85 gradients
-    torch.testing.assert_close(bias, start[2] - 0.1 * 0.5 * 1.85)
+    torch.testing.assert_close(last, start[1] - 0.1 * 20 * 1.85)  # Nesterov's first step: 1 + 0.85 gradients
+    torch.testing.assert_close(bias, start[2] - 0.1 * 100 * 1.85)
 
 
 def test_fewer_epochs_once_time_runs_out_still_end_with_a_small_rate(digits):

@@ -61,12 +61,14 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     args = parser.parse_args()
     raw = dld.TASKS["cifar10"].real(args.data_dir, False)
     title = f"width {args.width}, {args.epochs} epochs, {len(args.seeds)} seeds"
     print(f"| {title} | validation accuracy | training |")
     print("|---|---|---|")
-    for name, (patch, settings) in CASES.items():
+    for name in args.cases:
+        patch, settings = CASES[name]
         with patch:
             settings = {"width": args.width, "epochs": args.epochs, **settings}
             runs = [train(raw, settings, seed) for seed in args.seeds]
