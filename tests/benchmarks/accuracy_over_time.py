@@ -75,7 +75,7 @@ def plot(path, picture):
     device = next(iter(groups(path).values()))[0]["device"].split(" (")[0]
     axes.set(xlabel="whole process, from command to last artefact (log scale)", ylabel="test accuracy in %",
              title=f"What a given time buys, {device}, one point a run")
-    ticks = [30, 60, 120, 300, 600, 1200]
+    ticks = [30, 60, 120, 300, 600, 1200, 1800]
     axes.set_xticks(ticks, [f"{t} s" if t < 60 else f"{t // 60} min" for t in ticks])
     axes.minorticks_off()
     axes.grid(visible=True, color="#dddddd")
