@@ -1818,7 +1818,7 @@ LADDERS: dict[str, list[dict[str, Any]]] = {
     "mlp": [{"width": width, "epochs": epochs} for width, least, most in ((512, 1, 8), (1024, 5, 60))
             for epochs in range(least, most + 1)],
     "lstm": [{"max_tokens": tokens, "epochs": epochs} for tokens, epochs in (
-        (50, 1), (100, 1), (200, 1), (400, 1), (400, 2), (400, 3))],
+        (50, 1), (70, 1), (100, 1), (140, 1), (200, 1), (280, 1), (400, 1), (400, 2), (400, 3))],
     "": [{"epochs": epochs} for epochs in (*range(1, 13), 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 49, 56, 64, 72, 80)],
 }
 
