@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import codecs
 import contextlib
 import copy
 import csv
@@ -45,6 +46,7 @@ import dataclasses
 import difflib
 import gzip
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -62,6 +64,7 @@ import typing
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +94,7 @@ IMPORTING = time.perf_counter() - STARTED  # seconds; they belong to what a run 
 VERSION = "0.1"
 FORMAT = 2  # of model.pt and checkpoint.pt; raised when an older program could no longer read them
 PAD, UNKNOWN = 0, 1  # the two token numbers that are no word
+EMBEDDING, PAIRING = 100, 16  # numbers that stand for a word, and for the pair that it makes with the word before
 PARTS = ("train", "val", "test")
 GLANCE = 5000  # training samples, enough to tell the training accuracy to half a point
 
@@ -209,7 +213,8 @@ class Config:
     """One run. Settled as {task's defaults, saved run, flags given}; the flags below show what holds for every task."""
 
     task: str = setting("what", "cifar10", "what to train: {tasks}, or all for the three and their comparison")
-    model: str = setting("what", "", "cifar10, mnist: classic, mlp or any torchvision classifier; sentiment: lstm")
+    model: str = setting("what", "", "cifar10, mnist: classic, mlp or any torchvision classifier; "
+                                     "sentiment: lstm, transformer")
     data: str = setting("data", "auto", "real, offline (built in), or auto: real if it is there or can be downloaded",
                         choices=("auto", "real", "offline"))
     data_dir: str = setting("data", "", "where data sets lie or are put (default: $DLD_DATA_DIR or data)")
@@ -218,6 +223,8 @@ class Config:
     augment: bool = setting("data", True, "vary training pictures as suits the task: shift, mirror, distort")
     max_tokens: int = setting("data", 400, "text: longer ones keep their beginning and their end", low=2)
     vocabulary: int = setting("data", 30_000, "text: how many of the commonest training words are known", low=1)
+    unlabelled: float = setting("data", 1.0, "text: passes over those without labels, before the last epoch",
+                                low=0, high=100)
     budget: str = setting("training", "", "time for the whole run, as 90s, 5m or 1h: how to spend it best is found out")
     epochs: int = setting("training", 15, "passes over the training data", low=1)
     batch_size: int = setting("training", 128, "samples a step", low=1)
@@ -226,7 +233,8 @@ class Config:
                             choices=("cosine", "onecycle", "linear", "plateau", "constant"))
     weight_decay: float = setting("training", 0.01, "AdamW's, on weights only: not on biases and norms", low=0)
     label_smoothing: float = setting("training", 0.0, "share of the target spread over all classes", low=0, high=0.99)
-    width: int = setting("training", 64, "fast: channels of the first block; mlp: units of a layer", low=4, high=8192)
+    width: int = setting("training", 64, "fast: channels of the first block; mlp, lstm: units of a layer", low=4,
+                         high=8192)
     optimizer: str = setting("training", "adamw", "how weights follow gradients (muon suits fast alone)",
                              choices=("adamw", "muon"))
     views: bool = setting("training", False, "where the model is unsure, average over mirrored and shifted copies")
@@ -375,7 +383,7 @@ class Raw:
     name: str
     classes: list[str]
     x: Any  # uint8 [N, C, H, W], or a list of texts
-    y: np.ndarray  # int64 [N]
+    y: np.ndarray  # int64; where there are fewer than samples, the rest has no labels
     n_train: int
     slug: str = ""  # names a stand-in in its run folder; empty for the real data
     masks: np.ndarray | None = None  # bool [N, H, W]: where the object is, when that is known
@@ -390,14 +398,33 @@ class Data:
     slug: str
     samples: Images | Texts
     labels: Tensor  # int64 [N], on the CPU
-    parts: dict[str, Tensor]  # train, val, test -> row numbers
+    parts: dict[str, Tensor]  # train, val, test, unlabelled -> row numbers
     meta: dict[str, Any]
+    first: Tensor  # rows without labels, in the order in which the epochs before the last one read them
+    opinions: Tensor  # [len(first), classes]: what is taken for their truth
+
+    def lesson(self, epoch: int, epochs: int) -> tuple[Tensor, Tensor]:
+        """What an epoch (counted from 0) of so many trains on: rows, and each row's truth as shares of the classes.
+
+        The last epoch reads the labelled rows. Those before do too, unless there are rows without labels to share out.
+        """
+        if len(self.first) and epoch < epochs - 1:
+            return self.first.tensor_split(epochs - 1)[epoch], self.opinions.tensor_split(epochs - 1)[epoch]
+        rows = self.parts["train"]
+        return rows, F.one_hot(self.labels[rows], len(self.meta["classes"])).float()
+
+    def volume(self, done: int, epochs: int) -> int:
+        """Samples that the first `done` of so many epochs train on."""
+        if not len(self.first) or epochs == 1:
+            return done * len(self.parts["train"])
+        each, over = divmod(len(self.first), epochs - 1)
+        return done * each + min(done, over) if done < epochs else len(self.first) + len(self.parts["train"])
 
     def facts(self) -> dict[str, Any]:
         """Size and fingerprint of each part: the same numbers mean the same split."""
         sizes = {f"{part}_samples": len(rows) for part, rows in self.parts.items()}
         prints = {f"{part}_rows_sha256": hashlib.sha256(rows.numpy().astype("<i8").tobytes()).hexdigest()[:16]
-                  for part, rows in self.parts.items()}
+                  for part, rows in self.parts.items() if part in PARTS}
         return sizes | prints
 
 
@@ -423,8 +450,8 @@ def split_rows(raw: Raw, config: Config) -> dict[str, Tensor]:
     for part in PARTS:
         if not len(rows[part]):
             raise DataError(f"{raw.name}: no {part} samples are left of {len(raw.y)}; lower --val-fraction")
-    keep = config.limit or len(raw.y)
-    return {part: torch.from_numpy(np.sort(rows[part][:keep])) for part in PARTS}
+    rows["unlabelled"] = len(raw.y) + rng.permutation(len(raw.x) - len(raw.y))
+    return {part: torch.from_numpy(np.sort(some[:config.limit or len(some)])) for part, some in rows.items()}
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -495,6 +522,10 @@ class Images:
         views = [room[..., 2:, 2:], room[..., :-2, :-2]]
         return views + [view.flip(3) for view in (x, *views)] if self.augment.get("flip") else views
 
+    def identity(self, row: int) -> Any:
+        """Equal for samples that are the same."""
+        return self.pixels[row].numpy().tobytes()
+
     def show(self, row: int) -> np.ndarray:
         """One picture to look at, [H, W] or [H, W, 3]."""
         return self.pixels[row].permute(1, 2, 0).squeeze(-1).cpu().numpy()
@@ -550,17 +581,50 @@ def open_images(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
 
 # -- texts ------------------------------------------------------------------------------------------------------------
 
-find_words = re.compile(r"\w+(?:['’]\w+)*|[^\w\s.,;:()\"'*/_<>-]").findall  # words, and marks with feeling: ! ? emoji
+WORD = r"\d+/\d+|\w+(?:['’]\w+)*|[:;=]-?[()]+|[^\w\s.,;:()\"'*/_<>-]"  # words, 8/10, and signs of feeling: ! ? :) emoji
+find_words = re.compile(WORD).findall
+
+
+def decode(text: bytes) -> str:
+    """UTF-8; bytes that are none are taken for Latin-1, one by one."""
+    return re.sub("[\udc80-\udcff]", lambda odd: chr(ord(odd[0]) - 0xDC00), text.decode("utf-8", "surrogateescape"))
 
 
 @dataclass
 class Tokens:
     """Many texts cut into words: word numbers in one array, where each text begins, and what the numbers mean."""
 
-    texts: list[str]
+    texts: Sequence[str]
     flat: Tensor  # int32 [all words of all texts]
     start: Tensor  # int64 [N + 1]
     words: list[str]
+
+    def of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The word numbers of these texts one after another, and which of the texts each stands in."""
+        length = self.start[rows + 1] - self.start[rows]
+        text = torch.arange(len(rows)).repeat_interleave(length)
+        place = (self.start[rows] - (length.cumsum(0) - length))[text] + torch.arange(len(text))
+        return self.flat[place].long(), text
+
+    def save(self, path: Path, key: str) -> None:
+        """All of it in one file, with the key of what it was made from."""
+        texts, words = (np.frombuffer("\0".join(some).encode(), np.uint8) for some in (self.texts, self.words))
+        with path.open("wb") as file:
+            np.savez(file, key=np.array(key), flat=self.flat.numpy(), start=self.start.numpy(), texts=texts,
+                     words=words)
+
+    @classmethod
+    def load(cls, path: Path, key: str) -> Tokens | None:
+        """What `save` wrote, if it is whole and was made from what this key says."""
+        try:
+            with np.load(path) as file:
+                if str(file["key"]) != key:
+                    return None
+                texts, words = ([part.decode() for part in file[name].tobytes().split(b"\0")]
+                                for name in ("texts", "words"))
+                return cls(texts, torch.from_numpy(file["flat"]), torch.from_numpy(file["start"]), words)
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            return None
 
 
 def pack_texts(texts: Sequence[str]) -> Tokens:
@@ -572,15 +636,12 @@ def pack_texts(texts: Sequence[str]) -> Tokens:
     for text in texts:
         flat.extend(map(numbers.__getitem__, find_words(text.replace("<br />", " ").lower()) or [""]))
         start.append(len(flat))
-    return Tokens(list(texts), torch.tensor(np.frombuffer(flat, np.intc)), torch.tensor(start), list(numbers))
+    return Tokens(texts, torch.tensor(np.frombuffer(flat, np.intc)), torch.tensor(start), list(numbers))
 
 
 def learn_texts(tokens: Tokens, rows: Tensor, config: Config) -> dict[str, Any]:
     """The vocabulary: the commonest words of the training rows that occur at least twice."""
-    counts = torch.zeros(len(tokens.words), dtype=torch.int64)
-    for row in rows.tolist():
-        words = tokens.flat[tokens.start[row]:tokens.start[row + 1]].long()
-        counts.index_add_(0, words, torch.ones_like(words))
+    counts = tokens.of(rows)[0].bincount(minlength=len(tokens.words))
     common = counts.argsort(descending=True, stable=True)[:config.vocabulary]
     known = [tokens.words[i] for i in common[counts[common] > 1].tolist() if tokens.words[i]]
     return {"vocabulary": known, "max_tokens": config.max_tokens}
@@ -594,6 +655,7 @@ class Texts:
         table = torch.tensor([number.get(word, UNKNOWN) for word in tokens.words], dtype=torch.int32)
         self.sure = 0.0  # a text has no other views
         self.tokens = tokens
+        self.table = table
         self.flat = table[tokens.flat]
         self.start = tokens.start[:-1]
         self.length = tokens.start.diff()
@@ -630,13 +692,31 @@ class Texts:
         return self.flat[where].masked_fill(~real, PAD)
 
     def words(self, row: int) -> list[str]:
-        """The words that `batch` gives numbers for."""
+        """The words that `batch` gives numbers for, as they are written, with the punctuation that clings to them."""
         where, real = self.where(torch.tensor([row]))
-        return [self.tokens.words[i] for i in self.tokens.flat[where[real]].tolist()]
+        place = (where[real] - self.start[row]).tolist()
+        text = self.show(row)
+        spans = [(0, 0), *(found.span() for found in re.finditer(WORD, text)), (len(text), len(text))]
+        if len(spans) - 2 != self.length[row]:  # an empty text, or letters that lower case makes two of
+            return [self.tokens.words[i] for i in self.tokens.flat[self.start[row]:][place].tolist()]
+        gaps = [text[end:start] for (_, end), (start, _) in itertools.pairwise(spans)]
+        behind = [re.match(r"\S*", gap)[0] for gap in gaps]  # type: ignore[index]
+        before = ["", *(gap[len(tail):].strip() for gap, tail in zip(gaps[1:-1], behind[1:-1], strict=True))]
+        before[0] = gaps[0].strip()
+        return [before[i] + text[slice(*spans[i + 1])] + behind[i + 1] for i in place]
+
+    def unknown(self, row: int) -> list[str]:
+        """Words of a text that the model never saw."""
+        there = self.tokens.flat[self.start[row]:self.start[row] + self.length[row]].long()
+        return [self.tokens.words[i] for i in dict.fromkeys(there[self.table[there] == UNKNOWN].tolist())]
 
     def show(self, row: int) -> str:
         """One text to read."""
         return " ".join(self.tokens.texts[row].replace("<br />", " ").split())
+
+    def identity(self, row: int) -> Any:
+        """Equal for samples that are the same."""
+        return self.show(row)
 
 
 def open_texts(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -648,10 +728,94 @@ def open_texts(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
             blob = Path(argument).read_bytes()
             if b"\0" in blob:
                 raise UsageError(f"--predict {argument}: not a text file; this run's model reads texts")
-            return [(line, line) for line in blob.decode("utf-8-sig", "replace").splitlines() if line.strip()]
+            return [(line, line) for line in decode(blob.removeprefix(codecs.BOM_UTF8)).splitlines() if line.strip()]
     if re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
         raise UsageError(f"--predict {argument}: no such file; a sentence is given as it is, in quotes")
     return [(argument, argument)]
+
+
+def word_vectors(ids: Tensor, words: int, size: int, near: int = 5) -> Tensor:
+    """Vectors [words, at most size] from which words stand near which: factors of the positive pointwise information.
+
+    Levy and Goldberg 2014, with the 2,000 commonest words as neighbours, so that seconds are enough.
+    """
+    common = min(words, 2_002)
+    counts = torch.zeros(words, common)
+    for distance in range(1, near + 1):
+        for word, neighbour in ((ids[:-distance], ids[distance:]), (ids[distance:], ids[:-distance])):
+            known = (word > UNKNOWN) & (neighbour > UNKNOWN) & (neighbour < common)
+            place = word[known] * common + neighbour[known]
+            counts.view(-1).scatter_add_(0, place, torch.ones(len(place)))
+    usual = counts.sum(0) ** 0.75
+    counts /= counts.sum(1, keepdim=True).clamp(min=1)
+    information = counts.div_((usual / usual.sum()).clamp(min=1e-9)).log_().clamp_(min=0)
+    strength, directions = torch.linalg.eigh((information.T @ information).double())
+    strength, directions = strength[-size:].clamp(min=1e-9).float(), directions[:, -size:].float()
+    return (information @ directions / strength ** 0.25).flip(1)  # times the roots of the singular values, as is usual
+
+
+def class_leanings(ids: Tensor, text: Tensor, y: Tensor, words: int, classes: int) -> Tensor:
+    """For each word, how much likelier than on average it is to be used in a text of each class [words, classes]."""
+    used = torch.unique(text * words + ids)  # each word once a text
+    uses = torch.ones(classes, words)
+    uses.index_put_((y[used // words], used % words), torch.ones(len(used)), accumulate=True)
+    share = (uses / uses.sum(1, keepdim=True)).log()
+    return (share - share.mean(0)).T
+
+
+class PhraseModel:
+    """Logistic regression on TF-IDF of words and phrases: fast, strong, and what a network for texts has to beat.
+
+    Weighed, a phrase counts by how unevenly the classes use it (after Wang and Manning 2012).
+    """
+
+    def __init__(self, tokens: Tokens, rows: Tensor, y: Tensor, classes: int, longest: int, weighed: bool) -> None:
+        from sklearn.dummy import DummyClassifier
+        from sklearn.feature_extraction.text import TfidfTransformer
+        from sklearn.linear_model import LogisticRegression
+        self.tokens, self.classes, self.longest = tokens, classes, longest
+        phrases, times = np.unique(self.phrases(rows)[0], return_counts=True)
+        self.known = phrases[times > 1] if (times > 1).any() else phrases
+        counts = self.count(rows)
+        self.weight = np.ones(len(self.known), np.float32)
+        if weighed:
+            uses = np.stack([1 + np.asarray((counts[(y == c).numpy()] > 0).sum(0)).ravel() for c in range(classes)])
+            self.weight = np.log(uses / uses.sum(1, keepdims=True)).std(0).astype(np.float32)
+        self.scale = TfidfTransformer(sublinear_tf=True).fit(counts)
+        model = LogisticRegression(C=10, max_iter=200) if len(y.unique()) > 1 else DummyClassifier()
+        self.model = model.fit(self.features(counts), y.numpy())
+
+    def phrases(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """A number for each phrase of at most `longest` words in these texts, and which text it stands in."""
+        word, text = (t.numpy() for t in self.tokens.of(rows))
+        number, numbers, texts = word + 1, [word + 1], [text]
+        for more in range(1, self.longest):
+            number = number[:-1] * (len(self.tokens.words) + 1) + word[more:] + 1
+            inside = text[more:] == text[:len(text) - more]
+            numbers.append(number[inside])
+            texts.append(text[more:][inside])
+        return np.concatenate(numbers), np.concatenate(texts)
+
+    def count(self, rows: Tensor) -> Any:
+        """How often each known phrase occurs in each of these texts, as a sparse matrix."""
+        from scipy.sparse import csr_matrix
+        number, text = self.phrases(rows)
+        place = np.searchsorted(self.known, number).clip(max=len(self.known) - 1)
+        found = self.known[place] == number
+        ones = np.ones(int(found.sum()), np.float32)
+        return csr_matrix((ones, (text[found], place[found])), (len(rows), len(self.known)))
+
+    def features(self, counts: Any) -> Any:
+        """TF-IDF, weighed."""
+        from scipy.sparse import diags
+        return self.scale.transform(counts) @ diags(self.weight)
+
+    def shares(self, rows: Tensor, temperature: float = 1.0) -> Tensor:
+        """The probability of each class [len(rows), classes]; some texts at a time, since they have many phrases."""
+        found = [self.model.predict_proba(self.features(self.count(some))) for some in rows.split(5_000)]
+        shares = torch.zeros(len(rows), self.classes)
+        shares[:, self.model.classes_] = torch.from_numpy(np.concatenate(found)).float() ** (1 / temperature)
+        return shares / shares.sum(1, keepdim=True)
 
 
 # -- downloading ------------------------------------------------------------------------------------------------------
@@ -802,29 +966,53 @@ def read_mnist(folder: Path, download: bool) -> Raw:
                np.concatenate((y_train, y_test)).astype(np.int64), len(y_train))
 
 
+def list_texts(folder: Path) -> list[tuple[str, str]]:
+    """The .txt files of a folder in order: (path, fingerprint of name, size and time)."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.path, f"{entry.name} {(about := entry.stat()).st_size} {about.st_mtime_ns}")
+                     for entry in entries if entry.name.endswith(".txt")]
+    except OSError as problem:
+        raise DataError(f"cannot read {folder}: {problem.strerror}") from problem
+    return sorted(found)
+
+
+def read_text(path: str) -> str:
+    """One text file; a NUL, which no text has, separates texts in the file that remembers them."""
+    try:
+        with open(path, "rb") as file:
+            return decode(file.read()).replace("\0", " ")
+    except OSError as problem:
+        raise DataError(f"cannot read {path}: {problem.strerror}") from problem
+
+
 def read_imdb(folder: Path, download: bool) -> Raw:
-    """IMDb reviews from aclImdb/{train,test}/{neg,pos}/*.txt, unpacked or downloaded first where needed."""
+    """Reviews from aclImdb/{train,test}/{neg,pos}/*.txt, and those of train/unsup, which nobody has labelled, if there.
+
+    Reading and cutting 100,000 files takes half a minute, so what came out is kept in one file beside the folder.
+    """
     inside = folder / "aclImdb"
     if not inside.is_dir():
         inside = unpack(fetch(IMDB, folder, download), inside.name)
-    texts: list[str] = []
-    labels: list[int] = []
-    n_train = 0
-    for part in ("train", "test"):
-        for label, sense in enumerate(("neg", "pos")):
-            place = inside / part / sense
-            try:
-                names = sorted(name for name in os.listdir(place) if name.endswith(".txt"))
-                for name in names:
-                    with open(place / name, "rb") as file:
-                        texts.append(file.read().decode("utf-8", "replace"))
-            except OSError as problem:
-                raise DataError(f"cannot read {problem.filename}: {problem.strerror}") from problem
-            if not names:
-                raise DataError(f"{place} holds no .txt file; delete {inside} and run again")
-            labels += [label] * len(names)
-        n_train = n_train or len(texts)
-    return Raw("IMDb", ["negative", "positive"], texts, np.array(labels), n_train)
+    places = [inside / part / sense for part in ("train", "test") for sense in ("neg", "pos")]
+    files = [list_texts(place) for place in places]
+    for place, found in zip(places, files, strict=True):
+        if not found:
+            raise DataError(f"{place} holds no .txt file; delete {inside} and run again")
+    labels = np.repeat([0, 1, 0, 1], [len(found) for found in files])
+    n_train = len(files[0]) + len(files[1])
+    if (inside / "train" / "unsup").is_dir():
+        files.append(list_texts(inside / "train" / "unsup"))
+    made_of = "\n".join([WORD, *(f"{len(found)}\n" + "\n".join(mark for _, mark in found) for found in files)])
+    key, kept = hashlib.sha256(made_of.encode("utf-8", "surrogateescape")).hexdigest(), folder / "aclImdb.cut.npz"
+    tokens = Tokens.load(kept, key)
+    if not tokens:
+        tokens = pack_texts([read_text(path) for found in files for path, _ in found])
+        with contextlib.suppress(OSError):  # a folder that cannot be written to, or a full disk: then not
+            write_atomically(kept, lambda part: tokens.save(part, key))
+    official = [len(found) for found in files[:4]] == [12_500] * 4
+    name = "IMDb" if official else f"texts in {inside.name}"
+    return Raw(name, ["negative", "positive"], tokens.texts, labels, n_train, packed=tokens)
 
 
 # -- the stand-ins: deterministic, made in seconds, worth training on -------------------------------------------------
@@ -1074,49 +1262,105 @@ def torchvision_model(meta: dict[str, Any]) -> nn.Module:
     raise UsageError(f"--model {meta['model']} cannot work on {meta['side']}x{meta['side']} pictures")
 
 
-class AttentionLSTM(nn.Module):
-    """Embedding, two-layer bidirectional LSTM, additive attention over the words, one linear layer.
+class TextNet(nn.Module):
+    """Embedding, a reader that gives each word a state, additive attention over these, one linear layer.
 
-    The backward direction reads each text reversed within its own length, so that padding stays behind the words in
-    both directions and never changes a result, without packing (several times slower on a CPU, and not exportable).
+    Word pairs have vectors too, found by a hash, so that "not good" need not be worked out from its words.
     """
 
-    def __init__(self, words: int, classes: int, dropout: float, embedding: int = 100, width: int = 128) -> None:
+    def __init__(self, meta: dict[str, Any], reader: nn.Module, size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(words, embedding, padding_idx=PAD)
-        self.ahead = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in (embedding, 2 * width))
-        self.back = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in (embedding, 2 * width))
-        self.score = nn.Sequential(nn.Linear(2 * width, width), nn.Tanh(), nn.Linear(width, 1, bias=False))
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(2 * width, classes)
+        words = len(meta["vocabulary"]) + 2
+        self.embedding = nn.Embedding(words, EMBEDDING, padding_idx=PAD)
+        self.pairs = nn.Embedding(2 ** min(18, (8 * words).bit_length()), PAIRING)
+        nn.init.normal_(self.pairs.weight, std=0.1)
+        self.drop = WordDropout(meta["dropout"])
+        self.reader = reader
+        self.score = nn.Sequential(nn.Linear(size, 128), nn.Tanh(), nn.Linear(128, 1, bias=False))
+        self.head = nn.Linear(size, len(meta["classes"]))
+
+    def embed(self, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, EMBEDDING + PAIRING]
+        """The vector of each word, and that of the pair that it makes with the word before."""
+        before = F.pad(ids, (1, 0))[:, :-1].long()
+        pair = (before * 1_000_003 + ids * 8_191) % self.pairs.num_embeddings
+        return torch.cat((self.embedding(ids), self.pairs(pair)), -1)
 
     def attend(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, classes] and the weight of each word [B, T], which sum to 1 over the words of a text."""
-        place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         length = (ids != PAD).sum(1, keepdim=True).clamp(min=1)
-        mirrored = torch.where(place < length, length - 1 - place, place).unsqueeze(-1)  # [B, T, 1]
-
-        def reverse(h: Tensor) -> Tensor:
-            return h.gather(1, mirrored.expand_as(h))
-
-        h = self.drop(self.embedding(ids))
-        for ahead, back in zip(self.ahead, self.back, strict=True):
-            h = self.drop(torch.cat((ahead(h)[0], reverse(back(reverse(h))[0])), -1))  # [B, T, 2 * width]
-        score = self.score(h).squeeze(-1).float().masked_fill(place >= length, -torch.inf)
-        weight = score.softmax(1)
+        padding = torch.arange(ids.shape[1], device=ids.device) >= length  # [B, T]
+        h = self.drop(self.reader(self.drop(self.embed(ids)), length))  # [B, T, size]
+        weight = self.score(h).squeeze(-1).float().masked_fill(padding, -torch.inf).softmax(1)
         return self.head((weight.unsqueeze(1).to(h.dtype) @ h).squeeze(1)), weight
 
     def forward(self, ids: Tensor) -> Tensor:  # [B, T] -> [B, classes]
         return self.attend(ids)[0]
 
 
+class WordDropout(nn.Dropout):
+    """Drops the same features in all words of a text: better in recurrent networks (Gal 2016), and cheaper."""
+
+    def forward(self, h: Tensor) -> Tensor:  # [B, T, features]
+        return F.dropout1d(h.mT, self.p, self.training).mT
+
+
+class BothWays(nn.Module):
+    """A two-layer bidirectional LSTM.
+
+    The backward direction reads each text reversed within its own length, so that padding stays behind the words in
+    both directions and never changes a result, without packing (several times slower on a CPU, and not exportable).
+    """
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        sizes = (EMBEDDING + PAIRING, 2 * width)
+        self.ahead = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in sizes)
+        self.back = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in sizes)
+        self.drop = WordDropout(dropout)
+
+    def forward(self, h: Tensor, length: Tensor) -> Tensor:  # [B, T, features], [B, 1] -> [B, T, 2 * width]
+        place = torch.arange(h.shape[1], device=h.device)
+        mirrored = torch.where(place < length, length - 1 - place, place).unsqueeze(-1)  # [B, T, 1]
+
+        def reverse(h: Tensor) -> Tensor:
+            return h.gather(1, mirrored.expand_as(h))
+
+        for layer, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
+            h = self.drop(h) if layer else h
+            h = torch.cat((ahead(h)[0], reverse(back(reverse(h))[0])), -1)
+        return h
+
+
+class Encoder(nn.Module):
+    """A small transformer: two layers in which every word looks at every other, four ways at once."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.enter = nn.Linear(EMBEDDING + PAIRING, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, h: Tensor, length: Tensor) -> Tensor:  # [B, T, features], [B, 1] -> [B, T, width]
+        h = self.enter(h)
+        place = torch.arange(h.shape[1], device=h.device)
+        pace = torch.exp(torch.arange(0, h.shape[2], 2, device=h.device) * (-math.log(10_000) / h.shape[2]))
+        angle = place.unsqueeze(1) * pace  # where a word stands, as sines of many wavelengths
+        h = h + torch.cat((angle.sin(), angle.cos()), 1).to(h.dtype)
+        return self.layers(h, src_key_padding_mask=place >= length)
+
+
 def lstm(meta: dict[str, Any]) -> nn.Module:
-    """The LSTM with attention, sized for this vocabulary."""
-    return AttentionLSTM(len(meta["vocabulary"]) + 2, len(meta["classes"]), meta["dropout"])
+    """The bidirectional LSTM with attention."""
+    return TextNet(meta, BothWays(meta["width"], meta["dropout"]), 2 * meta["width"])
+
+
+def transformer(meta: dict[str, Any]) -> nn.Module:
+    """The same with a small transformer as its reader, of the same number of states a word."""
+    return TextNet(meta, Encoder(2 * meta["width"], meta["dropout"]), 2 * meta["width"])
 
 
 IMAGE_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"fast": FastNet, "classic": classic_cnn, "mlp": mlp}
-TEXT_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lstm": lstm}
+TEXT_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lstm": lstm, "transformer": transformer}
 
 
 def torchvision_names() -> list[str]:
@@ -1163,7 +1407,6 @@ class State:
     order: torch.Generator  # which samples come when
     noise: torch.Generator  # how they are varied; lives on the device
     epoch: int = 0
-    step: int = 0
     seconds: float = 0.0
     seconds_data: float = 0.0
     plateau: float = 1.0
@@ -1171,7 +1414,7 @@ class State:
     best: dict[str, float] = dataclasses.field(default_factory=dict)
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    PLAIN = ("epoch", "step", "seconds", "seconds_data", "plateau", "history", "best", "best_weights")
+    PLAIN = ("epoch", "seconds", "seconds_data", "plateau", "history", "best", "best_weights")
     OWNED = ("model", "optimizer", "scaler")
 
     def save(self, path: Path) -> None:
@@ -1269,18 +1512,19 @@ def learning_rate(config: Config, done: float, plateau: float) -> float:
 def train_epoch(state: State, forward: Callable[[Tensor], Tensor], data: Data, config: Config, runtime: Runtime,
                 bar: tqdm[Any]) -> dict[str, float]:
     """One pass over the training rows; returns the running loss and accuracy."""
-    rows, labels = data.parts["train"], data.labels.to(runtime.device)
+    rows, truth = data.lesson(state.epoch, config.epochs)
+    truth = truth.to(runtime.device)
     batches = data.samples.plan(rows, config.batch_size, state.order)
-    total_steps = len(batches) * config.epochs
+    before, total = data.volume(state.epoch, config.epochs), data.volume(config.epochs, config.epochs)
     seen, loss_sum, correct = 0, torch.zeros((), device=runtime.device), torch.zeros((), device=runtime.device)
     rate, shown = 0.0, 0.0
     state.model.train()
     for where in batches:
         started = time.perf_counter()
         x = data.samples.batch(rows[where], state.noise, state.epoch)
-        y = labels[rows[where].to(runtime.device)]
+        y = truth[where.to(runtime.device)]
         state.seconds_data += time.perf_counter() - started
-        rate = learning_rate(config, state.step / total_steps, state.plateau)
+        rate = learning_rate(config, (before + seen) / total, state.plateau)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         with runtime.autocast():
@@ -1294,10 +1538,9 @@ def train_epoch(state: State, forward: Callable[[Tensor], Tensor], data: Data, c
         with runtime.autocast():
             state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.step += 1
         seen += len(x)
         loss_sum += loss.detach() * len(x)
-        correct += (logits.detach().argmax(1) == y).sum()
+        correct += (logits.detach().argmax(1) == y.argmax(1)).sum()
         bar.update(len(x))
         if not bar.disable and time.perf_counter() - shown > 0.5:  # reading a number waits for the device: not often
             shown = time.perf_counter()
@@ -1335,8 +1578,10 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
     """
     forward = torch.compile(state.model) if config.compile else state.model
     val_labels = data.labels[data.parts["val"]]
-    n_train = len(data.parts["train"])
-    with progress_bar(n_train * config.epochs, " samples", n_train * state.epoch) as bar:
+    def volume(done: int) -> int:
+        return data.volume(done, config.epochs)
+
+    with progress_bar(volume(config.epochs), " samples", volume(state.epoch)) as bar:
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
             started = time.perf_counter()
             bar.set_description(f"epoch {state.epoch + 1}/{config.epochs}")
@@ -1357,7 +1602,7 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
             elif state.stale % 2 == 0:
                 state.plateau *= 0.3
             config = dataclasses.replace(config, epochs=on_epoch(state) or config.epochs)
-            bar.total = n_train * config.epochs
+            bar.total = volume(config.epochs)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1383,6 +1628,22 @@ def measure(logits: Tensor, y: Tensor) -> dict[str, float]:
     return {"test_accuracy": correct / len(y), "test_accuracy_low": low, "test_accuracy_high": high,
             "test_macro_f1": float(f1_score(y, predicted, average="macro", zero_division=0)),
             "test_loss": float(F.cross_entropy(logits, y))}
+
+
+def measure_gain(right: Tensor, simple: Tensor) -> dict[str, float]:
+    """How much more often one method is right than another on the same samples, with the paired 95% interval."""
+    n, gain = len(right), float(right.double().mean() - simple.double().mean())
+    half = 1.959964 * math.sqrt(max(float((right != simple).double().mean()) - gain ** 2, 0) / n)
+    return {"yardstick_accuracy": float(simple.double().mean()), "yardstick_gain": gain,
+            "yardstick_gain_low": gain - half, "yardstick_gain_high": gain + half}
+
+
+def measure_repeats(data: Data, right: Tensor) -> dict[str, Any]:
+    """How many test samples stand in the official training part too, and the accuracy without them."""
+    learnt = {data.samples.identity(row) for part in ("train", "val") for row in data.parts[part].tolist()}
+    new = torch.tensor([data.samples.identity(row) not in learnt for row in data.parts["test"].tolist()])
+    return {"test_repeats": int((~new).sum()),
+            "test_accuracy_without_repeats": float(right[new].double().mean()) if new.any() else None}
 
 
 def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
@@ -1428,7 +1689,7 @@ def measure_cost(state: State, data: Data, runtime: Runtime) -> dict[str, Any]:
     """What the model costs: parameters, multiply-adds, latency, throughput."""
     rows = data.parts["test"]
     x = data.samples.batch(rows[data.samples.plan(rows, 1)[len(rows) // 2]])  # of texts, one of median length
-    seen = len(data.parts["train"]) * state.epoch
+    seen = data.volume(state.epoch, state.epoch)
     return {"multiply_adds": count_multiply_adds(state.model, x),
             "latency_ms": round(median_latency(state.model, x, runtime), 3),
             "samples_per_second": round(seen / max(state.seconds, 1e-9), 1)}
@@ -1516,13 +1777,20 @@ def explain_images(model: nn.Module, samples: Images, rows: Tensor) -> tuple[str
     return "gradcam" if layer else "saliency", list(maps.cpu().numpy())
 
 
+GAP = ("…", 0.0)  # in place of words that are left out
+
+
 @torch.no_grad()
 def explain_texts(model: nn.Module, samples: Texts, rows: Tensor) -> tuple[str, list[list[tuple[str, float]]]]:
     """The attention that the model itself used: ('attention', for each text its words with their weights)."""
     model.eval()
     weights = model.attend(samples.batch(rows))[1]  # type: ignore[operator]
-    return "attention", [list(zip(samples.words(row), weight.tolist(), strict=False))
-                         for row, weight in zip(rows.tolist(), weights, strict=True)]
+    texts = [list(zip(samples.words(row), weight.tolist(), strict=False))
+             for row, weight in zip(rows.tolist(), weights, strict=True)]
+    for row, words in zip(rows.tolist(), texts, strict=True):
+        if samples.length[row] > len(words):
+            words.insert(samples.head, GAP)  # the model never saw the middle of a text as long as this
+    return "attention", texts
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1678,15 +1946,25 @@ def plot_text_samples(texts: list[str], verdicts: list[Verdict], path: Path, tit
         figure.suptitle(title)
 
 
-def strongest_passage(words: list[tuple[str, float]], most: int) -> list[tuple[str, float]]:
-    """At most this many neighbouring words: those that weigh most together, an ellipsis where words are left out."""
+def strongest_passages(words: list[tuple[str, float]], most: int, around: int = 6) -> list[tuple[str, float]]:
+    """About so many words of a text: the heaviest ones and their neighbours, an ellipsis where words are left out."""
     if len(words) <= most:
         return words
-    sums = np.convolve([weight for _, weight in words], np.ones(most), "valid")
-    first = int(sums.argmax())
-    before = [("…", 0.0)] if first else []
-    after = [("…", 0.0)] if first + most < len(words) else []
-    return before + words[first:first + most] + after
+    shown = np.zeros(len(words), bool)
+    for place in np.argsort([-weight for _, weight in words], kind="stable"):
+        if shown.sum() + around < most:
+            shown[max(0, place - around):place + around + 1] = True
+    picked: list[tuple[str, float]] = []
+    for pair, there in zip(words, shown, strict=True):
+        if there or not picked or picked[-1] != GAP:
+            picked.append(pair if there else GAP)
+    return picked
+
+
+def shade(words: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Each word with a shade that means the same in every text: 0 for average weight or less, 1 for 16 times that."""
+    average = 1 / sum(pair != GAP for pair in words)
+    return [(word, min(1.0, math.log2(max(weight / average, 1)) / 4)) for word, weight in words]
 
 
 def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
@@ -1706,21 +1984,55 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
             drawn.append((verdict.line.replace("\n", ", "), 20, y, verdict.colour, -1))
             y += line_height
             x = 20.0
-            average, strongest = 1 / len(words), max(weight for _, weight in words)
-            for word, weight in strongest_passage(words, 60):
+            for word, dark in strongest_passages(shade(words), 60):
                 if x + width(word) > 20 + room:
                     x, y = 20, y + line_height
-                shade = max(0.0, weight - average) / max(strongest - average, 1e-9)
-                drawn.append((word, x, y, "black", shade))
+                drawn.append((word, x, y, "black", dark))
                 x += width(word + " ") + 6
             y += 1.7 * line_height
         figure.set_size_inches(8, (y + 10) / 150)
         figure.set_layout_engine("none")
-        for text, x, place, colour, shade in drawn:
-            box = {"facecolor": (0.835, 0.369, 0.0, 0.75 * max(shade, 0)), "edgecolor": "none", "pad": 1.6}
+        for text, x, place, colour, dark in drawn:
+            box = {"facecolor": (0.835, 0.369, 0.0, 0.75 * max(dark, 0)), "edgecolor": "none", "pad": 1.6}
             figure.text(x / 1200, 1 - place / (y + 10), text, color=colour, bbox=box, fontproperties=font,
-                        fontweight="bold" if shade < 0 else "normal", va="baseline")
+                        fontweight="bold" if dark < 0 else "normal", va="baseline")
         figure.text(0.5, 1 - 40 / (y + 10), title, ha="center", va="center", fontsize=11)
+
+
+def write_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
+                       title: str) -> None:
+    """The same as a page: whole texts that can be selected and searched, with each word's weight under the pointer."""
+    parts = []
+    for verdict, words in zip(verdicts, maps, strict=True):
+        marked = [f'<mark style="--dark:{dark:.2f}" title="weight {weight:.1%}">{html.escape(word)}</mark>'
+                  if dark else html.escape(word) for (word, dark), (_, weight) in zip(shade(words), words, strict=True)]
+        tone = "right" if verdict.true == verdict.predicted else "wrong"
+        parts.append(f'<h2 class="{tone}">{html.escape(verdict.line)}</h2>\n<p>{" ".join(marked)}</p>')
+    heading = "<br>".join(html.escape(line) for line in title.splitlines())
+    page = TEXT_PAGE.format(title=html.escape(title.splitlines()[0]), heading=heading, body="\n".join(parts))
+    write_atomically(path, lambda part: part.write_text(page, "utf-8"))
+
+
+TEXT_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+  :root {{ color-scheme: light dark; --right: light-dark(#0072b2, #56b4e9); --wrong: light-dark(#b34700, #ff9a4d); }}
+  body {{ font: 17px/1.7 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }}
+  h1 {{ font-size: 1.15rem; }}
+  h2 {{ font-size: 1rem; margin: 2rem 0 0; }}
+  p {{ margin: 0.3rem 0; }}
+  .right {{ color: var(--right); }}
+  .wrong {{ color: var(--wrong); }}
+  mark {{ color: inherit; border-radius: 3px; padding: 0.05em 0.15em;
+         background: rgb(213 94 0 / calc(0.75 * var(--dark))); }}
+</style>
+<h1>{heading}</h1>
+{body}
+</html>
+"""
 
 
 def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -1767,13 +2079,73 @@ class Kind:
     explain: Callable[..., tuple[str, list[Any]]]
     plot_samples: Callable[..., None]
     plot_maps: Callable[..., None]
+    start: Callable[..., str] = lambda model, data: ""  # before the first step; says what it did
+    aside: Callable[..., tuple[float, float]] = lambda data, first: (0.0, 0.0)  # seconds beside training: before, after
+    yardstick: Callable[[Data], tuple[str, Tensor]] | None = None  # a simple method: (name, classes of the test part)
+    page: Callable[..., None] | None = None  # of what plot_maps draws
+    hint: Callable[..., str] = lambda model, samples, row: ""  # beside a prediction
+
+
+def start_texts(model: nn.Module, data: Data) -> str:
+    """Word vectors from the texts that training may see, and opinions on those that nobody has labelled."""
+    samples, train = data.samples, data.parts["train"]
+    assert isinstance(samples, Texts) and isinstance(model, TextNet)
+    known, classes = len(data.meta["vocabulary"]) + 2, len(data.meta["classes"])
+    words = samples.table[samples.tokens.of(torch.cat((train, data.parts["unlabelled"])))[0]].long()
+    vectors = word_vectors(words, known, EMBEDDING)
+    labelled, text = samples.tokens.of(train)
+    leanings = class_leanings(samples.table[labelled].long(), text, data.labels[train], known, classes)
+    leanings = leanings[:, :EMBEDDING // 2]
+    with torch.no_grad():
+        weight = model.embedding.weight.mul_(0.2)  # some chance stays: what has the same neighbours must be told apart
+        weight[UNKNOWN + 1:, :vectors.shape[1]] += (vectors / vectors.std().clamp(min=1e-6) * 0.5)[UNKNOWN + 1:]
+        weight[UNKNOWN + 1:, -leanings.shape[1]:] = leanings[UNKNOWN + 1:] * 2
+    said = f"word vectors from {len(words):,} words"
+    if len(data.first):
+        some, again = data.first.unique(return_inverse=True)
+        simple = PhraseModel(samples.tokens, train, data.labels[train], classes, 3, weighed=True)
+        data.opinions = simple.shares(some, temperature=0.7)[again]  # else it is too cautious
+        val = data.parts["val"]
+        share = float((simple.shares(val).argmax(1) == data.labels[val]).double().mean())
+        said += (f"; on {len(some):,} texts without labels, the opinion of a simpler method "
+                 f"(right on {share:.1%} of validation)")
+    return said
+
+
+def text_seconds(data: Data, first: int) -> tuple[float, float]:
+    """About how long `start_texts` and `phrase_yardstick` take on two cores, by the words that they read."""
+    assert isinstance(data.samples, Texts)
+    length = data.samples.length
+    train, test, more = (float(length[data.parts[part]].sum()) / 1e6 for part in ("train", "test", "unlabelled"))
+    opinions = 3.0 * train + more * min(1, first / len(data.parts["unlabelled"])) if first else 0.0
+    return train + more + opinions, 1.5 * train + 0.7 * test
+
+
+def phrase_yardstick(data: Data) -> tuple[str, Tensor]:
+    """The simple method that a network for texts has to beat."""
+    samples, train = data.samples, data.parts["train"]
+    assert isinstance(samples, Texts)
+    simple = PhraseModel(samples.tokens, train, data.labels[train], len(data.meta["classes"]), 2, weighed=False)
+    return "TF-IDF of words and word pairs + logistic regression", simple.shares(data.parts["test"]).argmax(1)
+
+
+def hint_texts(model: nn.Module, samples: Texts, row: int) -> str:
+    """The words that weighed most, and those that the model does not know."""
+    words = explain_texts(model, samples, torch.tensor([row]))[1][0]
+    heavy = [f"{word} {weight:.0%}" for word, weight in sorted(words, key=lambda pair: -pair[1])[:4]
+             if weight > 1 / len(words)]
+    unknown = samples.unknown(row)
+    return "; ".join(filter(None, (
+        "weighed most: " + ", ".join(heavy) if heavy else "",
+        "unknown: " + ", ".join(unknown[:8]) + (" ..." if len(unknown) > 8 else "") if unknown else "")))
 
 
 KINDS = {
     "image": Kind("PICTURE.png", (24, 12), pack_images, learn_images, Images, open_images,
                   IMAGE_MODELS, explain_images, plot_image_samples, plot_image_maps),
     "text": Kind('"a wonderful film, though a little long"', (12, 6), pack_texts, learn_texts, Texts, open_texts,
-                 TEXT_MODELS, explain_texts, plot_text_samples, plot_text_weights)}
+                 TEXT_MODELS, explain_texts, plot_text_samples, plot_text_weights, start_texts, text_seconds,
+                 phrase_yardstick, write_text_weights, hint_texts)}
 
 
 @dataclass(frozen=True)
@@ -1795,7 +2167,8 @@ TASKS = {
     "mnist": Task("image", read_mnist, make_digits, {"model": "mlp"},
                   {"epochs": 60, "batch_size": 64, "lr": 2e-3, "width": 512},
                   {"shift": 2, "rotate": 10, "scale": 0.12, "shear": 0.12, "elastic": 0.4}),
-    "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm"}, {"epochs": 5}),
+    "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm"},
+                      {"epochs": 5, "batch_size": 32, "dropout": 0.2}),
 }
 
 RECIPES: dict[str, dict[str, Any]] = {  # Config settings that suit a model; "" is any other
@@ -1805,7 +2178,9 @@ RECIPES: dict[str, dict[str, Any]] = {  # Config settings that suit a model; "" 
     "classic": {"epochs": 15, "dropout": 0.5, "lr": 4e-3, "schedule": "onecycle"},
     "mlp": {"epochs": 36, "dropout": 0.2, "width": 1024, "batch_size": 1024, "lr": 8e-3, "schedule": "onecycle",
             "views": True},
-    "lstm": {"epochs": 3, "batch_size": 64},
+    # No decay at the end: with one, the labelled reviews, read last, are learnt by heart (loss 0.224 for 0.212).
+    "lstm": {"epochs": 3, "batch_size": 64, "dropout": 0.4, "schedule": "constant"},
+    "transformer": {"epochs": 3, "batch_size": 64, "dropout": 0.2, "lr": 1e-3},
     "": {"epochs": 15, "lr": 4e-3, "schedule": "onecycle"},
 }
 
@@ -1817,14 +2192,18 @@ LADDERS: dict[str, list[dict[str, Any]]] = {
         (16, 1, 4), (24, 3, 5), (32, 4, 7), (48, 5, 8), (64, 7, 40)) for epochs in range(least, most + 1)],
     "mlp": [{"width": width, "epochs": epochs} for width, least, most in ((512, 1, 8), (1024, 5, 60))
             for epochs in range(least, most + 1)],
-    "lstm": [{"max_tokens": tokens, "epochs": epochs} for tokens, epochs in (
-        (50, 1), (70, 1), (100, 1), (140, 1), (200, 1), (280, 1), (400, 1), (400, 2), (400, 3))],
+    "lstm": [{"max_tokens": tokens, "epochs": epochs, "unlabelled": passes} for tokens, epochs, passes in (
+        (50, 1, 0.0), (70, 1, 0.0), (100, 1, 0.0), (140, 1, 0.0), (200, 1, 0.0), (280, 1, 0.0), (400, 1, 0.0),
+        (400, 2, 0.2), (400, 2, 0.4), (400, 3, 0.7), (400, 3, 1.0))],
     "": [{"epochs": epochs} for epochs in (*range(1, 13), 14, 16, 18, 20, 23, 26, 30, 34, 38, 43, 49, 56, 64, 72, 80)],
 }
 
+LADDERS["transformer"] = LADDERS["lstm"]
+
 EXPLANATIONS = {"gradcam": "Grad-CAM: where the network saw evidence for the class it predicted",
                 "saliency": "Saliency: which pixels move the predicted class most",
-                "attention": "Attention: the darker a word, the more it weighs (unshaded: average or less)"}
+                "attention": "Attention: the darker a word, the more it weighs (unshaded: average or less; "
+                             "darkest: 16 times that)"}
 
 
 def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False) -> Config:
@@ -1870,7 +2249,13 @@ def build_data(raw: Raw, config: Config) -> Data:
             "classes": raw.classes, "model": config.model, "dropout": config.dropout,
             **kind.learn(packed, parts["train"], config), "augment": task.augment if config.augment else {},
             "width": config.width, "views": config.views}
-    return Data(raw.name, raw.slug, kind.samples(packed, meta), torch.from_numpy(raw.y.astype(np.int64)), parts, meta)
+    rng = np.random.default_rng(config.seed)
+    passes = config.unlabelled if config.epochs > 1 else 0  # the last epoch is for those with labels
+    first = torch.cat([parts["train"][:0], *(torch.from_numpy(rng.permutation(parts["unlabelled"]))
+                                             for _ in range(math.ceil(passes)))])
+    first = first[:round(passes * len(parts["unlabelled"]))]
+    return Data(raw.name, raw.slug, kind.samples(packed, meta), torch.from_numpy(raw.y.astype(np.int64)), parts, meta,
+                first, torch.full((len(first), len(raw.classes)), 1 / len(raw.classes)))
 
 
 def build_model(meta: dict[str, Any]) -> nn.Module:
@@ -1891,13 +2276,17 @@ class Pace:
     predict: float
     figure: float = 0.7
 
-    def seconds(self, data: Data, config: Config, done: int = 0) -> float:
+    def seconds(self, data: Data, config: Config, done: int = 0, started: bool = True) -> float:
         """From here to the last artefact; of other settings than those measured, by their arithmetic."""
         work = (config.width / self.config.width) ** 1.75 * config.max_tokens / self.config.max_tokens
-        train, val, test = (len(data.parts[part]) for part in PARTS)
+        train, val, test, more = (len(data.parts[part]) for part in (*PARTS, "unlabelled"))
+        first = round(config.unlabelled * more) if config.epochs > 1 else 0
         views = 2.5 if data.meta["views"] else 1
-        closing = self.predict * (test * views + min(train, GLANCE)) * work + self.figure * 10
-        return closing + (config.epochs - done) * (self.train * train + self.predict * val * views) * work
+        start, end = KINDS[data.meta["kind"]].aside(data, first)
+        closing = self.predict * (test * views + min(train, GLANCE)) * work + self.figure * 10 + end
+        samples = first + train if first else train * config.epochs
+        training = (self.train * samples + self.predict * val * views * config.epochs) * (1 - done / config.epochs)
+        return (0 if started else start) + training * work + closing
 
 
 def measure_pace(data: Data, config: Config, runtime: Runtime) -> Pace:
@@ -1911,7 +2300,8 @@ def measure_pace(data: Data, config: Config, runtime: Runtime) -> Pace:
     def train(some: Tensor) -> None:
         with progress_bar(len(some), " samples") as bar:
             bar.set_description("measuring")
-            train_epoch(state, model, dataclasses.replace(data, parts={"train": some}), config, runtime, bar)
+            few = dataclasses.replace(data, parts={"train": some}, first=some[:0])
+            train_epoch(state, model, few, config, runtime, bar)
 
     def predict(some: Tensor) -> None:
         compute_logits(model, one_view, some, runtime)
@@ -1976,8 +2366,8 @@ def make_the_most(raw: Raw, config: Config, runtime: Runtime, given: dict[str, A
     """What --budget buys here: the highest rung of the model's ladder that it pays for."""
     rungs = [dataclasses.replace(config, **{key: value for key, value in rung.items() if key not in given})
              for rung in LADDERS.get(config.model, LADDERS[""])]
-    alike = [dataclasses.replace(rung, epochs=1) for rung in rungs]
-    first = [alike.index(rung) for rung in alike]  # of the rungs that differ in epochs alone: those share their pace
+    alike = [dataclasses.replace(rung, epochs=1, unlabelled=0.0) for rung in rungs]
+    first = [alike.index(rung) for rung in alike]  # of the rungs that differ in passes alone: those share their pace
     paces: dict[int, Pace] = {}
     figure, best = measure_drawing(), 0
     while first[best] not in paces and len(paces) < 3:
@@ -1986,7 +2376,7 @@ def make_the_most(raw: Raw, config: Config, runtime: Runtime, given: dict[str, A
         paces[first[best]] = dataclasses.replace(measure_pace(data, rungs[best], runtime), figure=figure)
         left = clock.left
         known = [paces[min(paces, key=lambda place: abs(place - i))] for i in first]
-        costs = [1.05 * pace.seconds(data, rung) for pace, rung in zip(known, rungs, strict=True)]
+        costs = [1.05 * pace.seconds(data, rung, started=False) for pace, rung in zip(known, rungs, strict=True)]
         best = max((i for i, cost in enumerate(costs) if cost <= left), default=0)
     if costs[best] > left:
         least = math.ceil(read_time(config.budget) + costs[best] - left)
@@ -2104,6 +2494,8 @@ def write_figures(folder: Path, model: nn.Module, data: Data, logits: Tensor, ti
     some, shown, verdicts = chosen(kind.shown[1], seed=2)
     name, maps = kind.explain(model, data.samples, some)
     kind.plot_maps(shown, verdicts, maps, folder / f"{name}.png", f"{title}\n{EXPLANATIONS[name]}")
+    if kind.page:
+        kind.page(shown, verdicts, maps, folder / f"{name}.html", f"{title}\n{EXPLANATIONS[name]}")
 
 
 def sentences(rows: list[dict[str, Any]]) -> list[str]:
@@ -2190,6 +2582,11 @@ def finish(folder: Path, state: State, data: Data, runtime: Runtime) -> dict[str
               "val_accuracy": state.best["val_accuracy"], **measure(logits, data.labels[data.parts["test"]]),
               **measure_cost(state, data, runtime), "model_mb": round((folder / "model.pt").stat().st_size / 2**20, 3),
               "seconds_training": round(state.seconds, 2), "seconds_data": round(state.seconds_data, 2)}
+    right = logits.argmax(1) == data.labels[data.parts["test"]]
+    values |= measure_repeats(data, right)
+    if yardstick := KINDS[data.meta["kind"]].yardstick:
+        values["yardstick"], simple = yardstick(data)
+        values |= measure_gain(right, simple == data.labels[data.parts["test"]])
     title = f"{data.name} · {data.meta['model']} · test accuracy {values['test_accuracy']:.1%}"
     write_progress(folder, state, title)
     write_predictions(folder, data, logits)
@@ -2203,6 +2600,17 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
     log(f"\nTest accuracy {metrics['test_accuracy']:.2%} (95% interval {metrics['test_accuracy_low']:.2%} to "
         f"{metrics['test_accuracy_high']:.2%}, {metrics['test_samples']:,} samples) "
         f"with the weights of epoch {metrics['best_epoch']}")
+    if metrics["test_accuracy_without_repeats"] is None:
+        log("              every test sample stands in the official training part too: this says nothing about new ones")
+    elif metrics["test_repeats"]:
+        log(f"              {metrics['test_accuracy_without_repeats']:.2%} without the {metrics['test_repeats']} "
+            "test samples that stand in the official training part too")
+    if "yardstick" in metrics:
+        low, high = (f"{100 * metrics[f'yardstick_gain_{end}']:+.1f}" for end in ("low", "high"))
+        verdict = ("this model is better" if metrics["yardstick_gain_low"] > 0 else
+                   "the simple method is better" if metrics["yardstick_gain_high"] < 0 else "no difference shown")
+        log(f"Yardstick     {metrics['yardstick_accuracy']:.2%} by {metrics['yardstick']}:\n              {verdict} "
+            f"({100 * metrics['yardstick_gain']:+.1f} points, 95% interval {low} to {high})")
     log(f"Time          {metrics['seconds_total']:.0f} s, {metrics['seconds_training']:.0f} s of it training")
     log(f"Results       {folder.resolve()}")
     log(f"Next          {this_command()} --predict {example} --run {quoted(folder)}")
@@ -2237,13 +2645,16 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
     state = new_state(model, config, runtime)
     name = "-".join(filter(None, (config.task, data.slug, "dry-run" if config.dry_run else "")))
     folder = into or fresh_path(Path(config.output_dir) / name, Path.mkdir)
+    said = KINDS[data.meta["kind"]].start(model, data)
     if into:
         state.load(folder / "checkpoint.pt")
     write_json(folder / "config.json", dataclasses.asdict(config))
     log.attach(folder / "log.txt")
     parameters = sum(p.numel() for p in model.parameters())
     log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
-    log(f"Data    {data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items()))
+    log(f"Data    {data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items() if len(rows)))
+    if said:
+        log(f"Start   {said}")
     log(f"Device  {runtime.describe()}")
     log(f"Folder  {folder.resolve()}")
     log(f"Time    {clock.forecast(data, config, state.epoch)}\n")
@@ -2348,11 +2759,13 @@ def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) ->
         raise UsageError(f"--predict {' '.join(arguments)}: nothing to predict in there")
     samples = kind.samples(kind.pack([sample for _, sample in opened]), meta).to(runtime.device)
     shares = compute_logits(model, samples, torch.arange(len(opened)), runtime).softmax(1)
-    for (name, _), share in zip(opened, shares, strict=True):
+    for row, ((name, _), share) in enumerate(zip(opened, shares, strict=True)):
         order = share.argsort(descending=True)[:3].tolist()
         shown = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
         first, *others = (f"{meta['classes'][i]} {share[i]:.1%}" for i in order)
         log(f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}")
+        if hint := kind.hint(model, samples, row):
+            log(f"{'':20} {hint}")
     if meta["stand_in"]:
         log(f"Note: this model was trained on {meta['dataset']}")
 

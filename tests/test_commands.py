@@ -19,7 +19,7 @@ from PIL import Image
 EVERY_RUN = {"training_curves.png", "confusion_matrix.png", "confusion_matrix_norm.png", "sample_predictions.png",
              "classification_report.txt", "metrics.json", "history.csv", "predictions.csv", "config.json", "log.txt",
              "model.pt", "checkpoint.pt"}
-EXPLANATION = {"cifar10": "gradcam.png", "mnist": "saliency.png", "sentiment": "attention.png"}
+EXPLANATION = {"cifar10": {"gradcam.png"}, "mnist": {"saliency.png"}, "sentiment": {"attention.png", "attention.html"}}
 
 
 # -- the whole program, in a process of its own -----------------------------------------------------------------------
@@ -34,7 +34,7 @@ def test_all_tasks_and_their_comparison_from_one_command(tmp_path):
     runs = {metrics_of(run)["task"]: run for run in (tmp_path / "outputs").iterdir() if run.is_dir()}
     assert set(runs) == set(EXPLANATION)
     for task, run in runs.items():
-        assert {path.name for path in run.iterdir()} == EVERY_RUN | {EXPLANATION[task]}
+        assert {path.name for path in run.iterdir()} == EVERY_RUN | EXPLANATION[task]
         for picture in run.glob("*.png"):
             with Image.open(picture) as image:
                 assert np.asarray(image.convert("L")).std() > 5, f"{picture} is blank"
@@ -145,12 +145,38 @@ def test_predict_agrees_with_predictions_csv_and_needs_only_model_pt(finished, t
 def test_predict_texts_from_the_command_line_and_from_a_file(finished, tmp_path, capsys):
     run = str(finished["sentiment"])
     assert dld.main(["--predict", "The plot was good.", "", "ünknown 😀", "long " * 3000, "--run", run]) == 0
-    out = capsys.readouterr().out.splitlines()
+    out = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     assert len(out) == 5 and all(re.match(r"(positive|negative) \d+\.\d%", line) for line in out[:4])
     (tmp_path / "lines.txt").write_bytes("The plot was good.\n\nBad caf\xe9\r\n".encode("latin-1"))
     assert dld.main(["--predict", str(tmp_path / "lines.txt"), "--run", run]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[0] == out[0]
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert len(lines) == 3 and lines[0] == out[0] and "café" in lines[1]
+    assert dld.main(["--predict", "the zzgruntle plot was good, gnarfy", "--run", run]) == 0
+    hint = capsys.readouterr().out.splitlines()[1]
+    assert hint.endswith("unknown: zzgruntle, gnarfy") and len(re.findall(r"\w+ \d+%", hint)) <= 4
+
+
+def test_any_texts_in_the_layout_of_imdb_train_and_predict(tmp_path, capsys):
+    texts = {"pos": ["good", "nice :) 😀", "caf\xe9 tr\xe8s bon", "fine!"], "neg": ["bad", "", "awful ?!", "no"]}
+    for part in ("train", "test"):
+        for sense, some in texts.items():
+            (tmp_path / "data" / "aclImdb" / part / sense).mkdir(parents=True)
+            for i, text in enumerate(some * 8):
+                encoded = text.encode("utf-8" if "😀" in text else "latin-1")
+                (tmp_path / "data" / "aclImdb" / part / sense / f"{i}.txt").write_bytes(encoded)
+    flags = ["--task", "sentiment", "--data", "real", "--data-dir", str(tmp_path / "data"), "--epochs", "8",
+             "--batch-size", "4"]
+    for model in ("lstm", "transformer"):
+        assert dld.main([*flags, "--model", model, "--output-dir", str(tmp_path / model)]) == 0
+        run = tmp_path / model / "sentiment"
+        metrics = metrics_of(run)
+        assert metrics["dataset"] == "texts in aclImdb" and metrics["unlabelled_samples"] == 0
+        assert metrics["test_accuracy"] == 1.0 and metrics["yardstick_accuracy"] > 0.8
+        assert metrics["test_repeats"] == 64 and metrics["test_accuracy_without_repeats"] is None
+        assert {path.name for path in run.iterdir()} == EVERY_RUN | EXPLANATION["sentiment"]
+        assert "says nothing about new ones" in capsys.readouterr().out
+        assert dld.main(["--predict", "nice :) 😀", "awful ?!", "--run", str(run)]) == 0
+        assert re.fullmatch(r"positive .*\n .*\nnegative .*\n.*\n?", capsys.readouterr().out)
 
 
 def test_a_config_repeats_its_run_exactly_in_a_new_folder(finished, capsys):
@@ -406,9 +432,9 @@ def test_the_readme_has_the_defaults_of_each_task():
 
 def test_the_readme_names_every_artefact_and_metric(finished):
     readme = (ROOT / "README.md").read_text("utf-8")
-    for name in EVERY_RUN | set(EXPLANATION.values()) | {"comparison.png", "comparison.md", "comparison.csv"}:
+    for name in EVERY_RUN | set().union(*EXPLANATION.values()) | {"comparison.png", "comparison.md", "comparison.csv"}:
         assert f"`{name}`" in readme, name
-    for key in metrics_of(finished["cifar10"]):
+    for key in metrics_of(finished["sentiment"]):
         assert f"`{key}`" in readme, key
 
 

@@ -3,13 +3,17 @@ import gzip
 import hashlib
 import http.server
 import pickle
+import shutil
 import tarfile
 import threading
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import dld, small
+from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
+from sklearn.linear_model import LogisticRegression
 
 
 def test_splits_are_disjoint_stratified_and_seeded(digits):
@@ -146,8 +150,21 @@ def test_ink_on_paper_is_turned_into_light_on_dark_for_mnist(tmp_path):
 
 
 def test_words_keep_negation_and_marks_with_feeling():
-    assert dld.find_words("don't, stop! a 10/10 film?? 😀 (naïve)") == [
-        "don't", "stop", "!", "a", "10", "10", "film", "?", "?", "😀", "naïve"]
+    assert dld.find_words("don't, stop! a 10/10 film?? 😀 (naïve) :) either/or") == [
+        "don't", "stop", "!", "a", "10/10", "film", "?", "?", "😀", "naïve", ":)", "either", "or"]
+
+
+def test_bytes_that_are_no_utf8_are_taken_for_latin_1():
+    assert dld.decode("naïve 😀".encode() + " café".encode("latin-1")) == "naïve 😀 café"
+
+
+def test_words_are_shown_as_they_are_written():
+    texts = ['He said: "It is (almost) GOOD!" <br /> No?', "", "İstanbul is nice."]
+    samples = dld.Texts(dld.pack_texts(texts), {"vocabulary": ["good"], "max_tokens": 50})
+    assert samples.words(0) == ["He", "said:", '"It', "is", "(almost)", "GOOD", '!"', "No", "?"]
+    assert samples.words(1) == [""]
+    assert len(samples.words(2)) == int(samples.length[2]), "also where lower case has more letters"
+    assert samples.unknown(0) == ["he", "said", "it", "is", "almost", "!", "no", "?"]
 
 
 def test_the_vocabulary_comes_from_training_rows_alone():
@@ -164,6 +181,7 @@ def test_long_texts_keep_beginning_and_end_and_empty_ones_are_inputs():
     tokens = dld.pack_texts([" ".join(words), "", "   ", "w1 w2"])
     samples = dld.Texts(tokens, {"vocabulary": words, "max_tokens": 10})
     assert samples.words(0) == words[:5] + words[-5:]
+    assert samples.identity(0) != samples.identity(1) and samples.identity(1) == samples.identity(2)
     batch = samples.batch(torch.arange(4))
     assert batch[0].tolist() == [*range(2, 7), *range(97, 102)]
     assert batch[1].tolist() == batch[2].tolist() == [dld.UNKNOWN] + [dld.PAD] * 9
@@ -239,12 +257,11 @@ def write_mnist(folder, zipped):
 
 
 def write_imdb(folder):
-    for part in ("train", "test"):
-        for sense in ("pos", "neg"):
-            (folder / part / sense).mkdir(parents=True)
-            for i in range(12):
-                text = f"{part} {sense} number {i}" if i else ""
-                (folder / part / sense / f"{i}_7.txt").write_bytes(text.encode() + b" caf\xe9 \xf0\x9f\x98\x80")
+    for place in ("train/pos", "train/neg", "train/unsup", "test/pos", "test/neg"):
+        (folder / place).mkdir(parents=True)
+        for i in range(12):
+            text = f"{place} number {i}" if i else ""
+            (folder / place / f"{i}_7.txt").write_bytes(text.encode() + b" caf\xe9 \xf0\x9f\x98\x80")
 
 
 def test_cifar10_is_read_unpacked_and_packed(tmp_path, monkeypatch):
@@ -286,8 +303,72 @@ def test_mnist_is_read_zipped_and_not(tmp_path, zipped, monkeypatch):
 def test_imdb_is_read_with_odd_bytes_and_empty_reviews(tmp_path):
     write_imdb(tmp_path / "aclImdb")
     raw = dld.read_imdb(tmp_path, download=False)
-    assert len(raw.x) == 48 and raw.n_train == 24 and raw.y[:24].tolist() == [0] * 12 + [1] * 12
-    assert "😀" in raw.x[0]
+    assert len(raw.x) == 60 and raw.n_train == 24 and raw.y.tolist() == ([0] * 12 + [1] * 12) * 2
+    assert raw.x[0] == " café 😀" and "train/unsup" in raw.x[59]
+    assert raw.name == "texts in aclImdb", "only the official reviews are called IMDb"
+    parts = dld.split_rows(raw, small("sentiment"))
+    assert parts["unlabelled"].tolist() == [*range(48, 60)] and max(map(max, (parts[p] for p in dld.PARTS))) < 48
+
+
+def test_reviews_are_cut_once_and_a_stale_or_damaged_file_is_never_used(tmp_path, monkeypatch):
+    write_imdb(tmp_path / "aclImdb")
+    raw = dld.read_imdb(tmp_path, download=False)
+    kept = tmp_path / "aclImdb.cut.npz"
+    read, files = [], dld.read_text
+    monkeypatch.setattr(dld, "read_text", lambda path: read.append(path) or files(path))
+    again = dld.read_imdb(tmp_path, download=False)
+    assert not read and list(again.x) == list(raw.x)
+    assert torch.equal(again.packed.flat, raw.packed.flat) and again.packed.words == raw.packed.words
+
+    kept.write_bytes(kept.read_bytes()[:-500])
+    assert list(dld.read_imdb(tmp_path, download=False).x) == list(raw.x) and len(read) == 60
+    (tmp_path / "aclImdb/test/pos/3_7.txt").write_text("changed, and of another length")
+    assert "changed, and of another length" in dld.read_imdb(tmp_path, download=False).x and len(read) == 120
+    monkeypatch.setattr(dld, "WORD", r"\w+")
+    dld.read_imdb(tmp_path, download=False)
+    assert len(read) == 180, "another way of cutting"
+
+    shutil.rmtree(tmp_path / "aclImdb/train/unsup")
+    kept.unlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dld.Tokens, "save", full)
+    assert len(dld.read_imdb(tmp_path, download=False).x) == 48 and not kept.exists(), "a folder that takes no file"
+
+
+def test_word_vectors_put_words_of_like_use_together():
+    rng = np.random.default_rng(0)
+    pairs = {2: (10, 11), 3: (10, 11), 4: (20, 21), 5: (20, 21)}  # 2 and 3 stand beside 10 and 11; 4 and 5 do not
+    firsts = rng.integers(2, 6, 2000)
+    ids = [word for first in firsts for word in (first, rng.choice(pairs[first]), 30)]
+    vectors = F.normalize(dld.word_vectors(torch.tensor(ids), 40, 8, near=1), dim=1)
+    assert vectors.shape == (40, 8) and vectors.isfinite().all()
+    assert vectors[2] @ vectors[3] > 0.9 > 0.5 > vectors[2] @ vectors[4]
+
+
+def test_the_phrase_model_is_scikit_learns_own(reviews):
+    """The oracle: the same method written with scikit-learn's vectoriser."""
+    tokens, train, test = dld.pack_texts(reviews.x), torch.arange(600), torch.arange(600, 800)
+    y = torch.from_numpy(reviews.y)
+    ours = dld.PhraseModel(tokens, train, y[train], 2, 2, False).shares(test)
+    counter = CountVectorizer(analyzer=lambda text: [
+        " ".join(words[i:i + n]) for words in [dld.find_words(text.lower())] for n in (1, 2)
+        for i in range(len(words) - n + 1)])
+    counts = counter.fit_transform(reviews.x[:600])
+    often = np.flatnonzero(np.asarray(counts.sum(0)).ravel() > 1)
+    scale = TfidfTransformer(sublinear_tf=True).fit(counts[:, often])
+    model = LogisticRegression(C=10, tol=1e-6, max_iter=1000).fit(scale.transform(counts[:, often]), reviews.y[:600])
+    expected = model.predict_proba(scale.transform(counter.transform(reviews.x[600:])[:, often]))
+    np.testing.assert_allclose(ours, expected, atol=0.01)
+
+
+@pytest.mark.parametrize("texts, y", [(["one"], [1]), (["a b", "c d"], [0, 0]), (["", ""], [0, 1])])
+def test_the_phrase_model_stands_hardly_any_texts(texts, y):
+    model = dld.PhraseModel(dld.pack_texts(texts), torch.arange(len(y)), torch.tensor(y), 2, 3, True)
+    shares = model.shares(torch.arange(len(y)))
+    assert shares.shape == (len(y), 2) and torch.allclose(shares.sum(1), torch.ones(len(y)))
 
 
 @pytest.mark.parametrize("harm", ["truncated", "empty", "missing", "labels", "text"])

@@ -86,13 +86,35 @@ def test_attention_shown_is_attention_used(reviews):
     name, texts = dld.explain_texts(model, data.samples, rows)
     assert name == "attention"
     for row, words in zip(rows, texts, strict=True):
-        assert [word for word, _ in words] == dld.find_words(reviews.x[row].lower())
+        assert [word for word, _ in words] == reviews.x[row].split(), "as written, with its punctuation"
         used = model.attend(data.samples.batch(row.unsqueeze(0)))[1][0, :len(words)]
         torch.testing.assert_close(torch.tensor([weight for _, weight in words]), used, atol=1e-6, rtol=0)
 
 
-def test_the_strongest_passage_of_a_long_text():
-    words = [(str(i), 1.0 if 50 <= i < 55 else 0.0) for i in range(100)]
-    passage = dld.strongest_passage(words, 10)
-    assert passage[0][0] == passage[-1][0] == "…" and {"50", "54"} <= {word for word, _ in passage}
-    assert len(passage) == 12 and dld.strongest_passage(words[:10], 10) == words[:10]
+def test_the_strongest_passages_of_a_long_text():
+    words = [(str(i), 5.0 if i in (50, 52, 80) else 0.5) for i in range(100)]
+    shown = [word for word, _ in dld.strongest_passages(words, 30)]
+    assert shown == ["…", *map(str, range(44, 59)), "…", *map(str, range(74, 87)), "…"]
+    assert dld.strongest_passages(words[:30], 30) == words[:30]
+
+
+def test_a_shade_means_the_same_in_every_text():
+    even, uneven = [(str(i), 0.01) for i in range(100)], [("a", 0.5), ("b", 0.25), *[("c", 0.25 / 98)] * 98]
+    assert {dark for _, dark in dld.shade(even)} == {0.0}, "no word stands out, so none is shaded"
+    assert [round(dark, 2) for _, dark in dld.shade(uneven)[:3]] == [1.0, 1.0, 0.0]
+    assert dld.shade([("good", 0.6), dld.GAP, ("film", 0.4)])[1] == dld.GAP
+
+
+def test_a_text_that_is_cut_shows_where(reviews):
+    data = dld.build_data(reviews, small("sentiment", max_tokens=6))
+    row = data.parts["test"][data.samples.length[data.parts["test"]] > 6][:1]
+    words = dld.explain_texts(dld.build_model(data.meta), data.samples, row)[1][0]
+    assert len(words) == 7 and words[3] == dld.GAP and sum(weight for _, weight in words) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_page_holds_every_word_and_nothing_that_runs(tmp_path):
+    words = [("<script>alert(1)</script>", 0.9), ("fine.", 0.1)]
+    dld.write_text_weights(["-"], [dld.Verdict("<b>", "positive", 0.9)], [words], tmp_path / "a.html", "A & B\nsecond")
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page and "A &amp; B<br>second" in page
+    assert 'title="weight 90.0%"' in page and "fine." in page and "&lt;b&gt;" in page and "http" not in page

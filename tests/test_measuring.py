@@ -33,9 +33,10 @@ def test_multiply_adds_are_what_the_layers_do():
         channels, side = width, side // 2
     by_hand += 1024 * 512 + 512 * 128 + 128 * 10
     assert dld.count_multiply_adds(dld.build_model(meta), torch.zeros(1, 3, 32, 32)) == by_hand
-    text = {"kind": "text", "model": "lstm", "classes": ["no", "yes"], "vocabulary": ["w"] * 10, "dropout": 0.3}
+    text = {"kind": "text", "model": "lstm", "classes": ["no", "yes"], "vocabulary": ["w"] * 10, "dropout": 0.3,
+            "width": 128}
     n = 7
-    cells = 2 * n * (4 * 128 * (100 + 128)) + 2 * n * (4 * 128 * (256 + 128))
+    cells = 2 * n * (4 * 128 * (116 + 128)) + 2 * n * (4 * 128 * (256 + 128))
     attention = n * 256 * 128 + n * 128 + n * 256
     found = dld.count_multiply_adds(dld.build_model(text), torch.full((1, n), 3))
     assert found == cells + attention + 256 * 2
@@ -51,6 +52,28 @@ def test_costs_are_plausible(digits):
     assert cost["multiply_adds"] == 784 * 128 + 2 * 128 * 128 + 128 * 10
     assert 0 < cost["latency_ms"] < 1000 and cost["samples_per_second"] > 1
     assert (dld.peak_memory_mb(runtime) or 51) > 50, 'unknown on Windows'
+
+
+def test_the_gain_over_the_yardstick_has_a_paired_interval():
+    """The oracle: the deviation of the samples' differences."""
+    rng = np.random.default_rng(0)
+    right, simple = (torch.from_numpy(rng.random(500) < share) for share in (0.9, 0.8))
+    found = dld.measure_gain(right, simple)
+    difference = right.double().numpy() - simple.double().numpy()
+    half = 1.959964 * difference.std() / 500 ** 0.5
+    assert found["yardstick_gain"] == pytest.approx(difference.mean())
+    assert found["yardstick_gain_low"] == pytest.approx(difference.mean() - half)
+    assert found["yardstick_gain_high"] == pytest.approx(difference.mean() + half)
+    same = dld.measure_gain(right, right)
+    assert same["yardstick_gain"] == same["yardstick_gain_low"] == 0
+
+
+def test_repeats_of_training_samples_are_counted_and_left_out():
+    texts = ["good film", "bad film", "fine", "poor", "good  film", "new words", "poor"]
+    raw = dld.Raw("texts", ["no", "yes"], texts, np.array([1, 0, 1, 0, 1, 0, 0]), 4)
+    data = dld.build_data(raw, small("sentiment", val_fraction=0.25))
+    found = dld.measure_repeats(data, torch.tensor([True, False, True]))
+    assert found == {"test_repeats": 2, "test_accuracy_without_repeats": 0.0}
 
 
 def test_facts_fingerprint_the_split(digits):

@@ -7,19 +7,19 @@ from conftest import dld, small
 PICTURES = {"kind": "image", "channels": 3, "side": 32, "classes": list("abcdefghij"), "dropout": 0.0,
             "width": 16, "patches": torch.eye(12).tolist()}
 TEXTS = {"kind": "text", "classes": ["no", "yes"], "vocabulary": [f"w{i}" for i in range(50)], "dropout": 0.0,
-         "model": "lstm"}
+         "model": "lstm", "width": 16}
 
 
 def random_ids(n, length, seed=0):
     return torch.randint(2, 52, (n, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", ["fast", "classic", "mlp", "resnet18", "lstm"])
+@pytest.mark.parametrize("name", ["fast", "classic", "mlp", "resnet18", "lstm", "transformer"])
 def test_every_model_overfits_one_batch(name):
     torch.manual_seed(0)
-    meta = TEXTS if name == "lstm" else {**PICTURES, "model": name}
+    meta = {**(TEXTS if name in dld.TEXT_MODELS else PICTURES), "model": name}
     model = dld.build_model(meta)
-    x = random_ids(16, 12) if name == "lstm" else torch.randn(16, 3, 32, 32)
+    x = random_ids(16, 12) if name in dld.TEXT_MODELS else torch.randn(16, 3, 32, 32)
     y = torch.arange(16) % len(meta["classes"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     model.train()
@@ -79,13 +79,14 @@ def test_a_resnet_keeps_its_resolution_on_small_pictures():
 def test_unknown_models_list_the_known_ones():
     with pytest.raises(dld.UsageError, match=r"did you mean resnet18\?.*fast, classic, mlp.*vgg11_bn"):
         dld.settle({}, {"task": "cifar10", "model": "resnet_18"})
-    with pytest.raises(dld.UsageError, match=r"Known: lstm$"):
+    with pytest.raises(dld.UsageError, match=r"Known: lstm, transformer$"):
         dld.settle({}, {"task": "sentiment", "model": "resnet18"})
 
 
-def test_padding_and_batch_order_never_change_a_prediction():
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+def test_padding_and_batch_order_never_change_a_prediction(name):
     torch.manual_seed(0)
-    model = dld.build_model({**TEXTS, "dropout": 0.5}).eval()
+    model = dld.build_model({**TEXTS, "model": name, "dropout": 0.5}).eval()
     alone = [random_ids(1, n, seed=n) for n in (1, 3, 17, 40)]
     expected = torch.cat([model(ids) for ids in alone])
     padded = torch.stack([F.pad(ids[0], (0, 60 - ids.shape[1]), value=dld.PAD) for ids in alone])
@@ -98,15 +99,15 @@ def test_the_lstm_equals_pytorchs_bidirectional_one():
     """The oracle: torch's own bidirectional LSTM on a packed sequence, given the same weights."""
     torch.manual_seed(0)
     model = dld.build_model(TEXTS).eval()
-    oracle = torch.nn.LSTM(100, 128, 2, batch_first=True, bidirectional=True)
-    for layer, (ahead, back) in enumerate(zip(model.ahead, model.back, strict=True)):
+    oracle = torch.nn.LSTM(dld.EMBEDDING + dld.PAIRING, 16, 2, batch_first=True, bidirectional=True)
+    for layer, (ahead, back) in enumerate(zip(model.reader.ahead, model.reader.back, strict=True)):
         for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             getattr(oracle, f"{part}_l{layer}").data = getattr(ahead, f"{part}_l0").data
             getattr(oracle, f"{part}_l{layer}_reverse").data = getattr(back, f"{part}_l0").data
     ids = F.pad(random_ids(3, 9), (0, 4), value=dld.PAD)
     ids[1, 5:] = dld.PAD
     length = (ids != dld.PAD).sum(1)
-    packed = torch.nn.utils.rnn.pack_padded_sequence(model.embedding(ids), length, batch_first=True,
+    packed = torch.nn.utils.rnn.pack_padded_sequence(model.embed(ids), length, batch_first=True,
                                                      enforce_sorted=False)
     h, _ = torch.nn.utils.rnn.pad_packed_sequence(oracle(packed)[0], batch_first=True, total_length=13)
     score = model.score(h).squeeze(-1).masked_fill(ids == dld.PAD, -torch.inf)
@@ -116,8 +117,15 @@ def test_the_lstm_equals_pytorchs_bidirectional_one():
     torch.testing.assert_close(logits, model.head((weight.unsqueeze(1) @ h).squeeze(1)), atol=1e-5, rtol=0)
 
 
-def test_attention_sums_to_one_over_the_words_and_survives_an_empty_text():
-    model = dld.build_model(TEXTS).eval()
+def test_word_dropout_drops_the_same_features_in_all_words_of_a_text():
+    h = dld.WordDropout(0.5)(torch.ones(4, 7, 100))
+    assert (h == h[:, :1]).all() and 0.3 < (h == 0).float().mean() < 0.7 and set(h.unique().tolist()) == {0.0, 2.0}
+    assert not torch.equal(h[0], h[1])
+
+
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+def test_attention_sums_to_one_over_the_words_and_survives_an_empty_text(name):
+    model = dld.build_model({**TEXTS, "model": name}).eval()
     ids = F.pad(random_ids(3, 6), (0, 3), value=dld.PAD)
     ids[2] = dld.PAD
     logits, weight = model.attend(ids)

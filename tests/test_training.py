@@ -48,6 +48,49 @@ def test_labels_of_the_test_part_never_matter_to_training(digits):
     assert one.best["epoch"] == two.best["epoch"] and figures(one) == figures(two) and same_weights(one, two)
 
 
+def test_texts_without_labels_teach_what_the_simple_method_thinks(reviews):
+    """Labels of three quarters are taken away; of those texts the network learns all the same."""
+    raw = dataclasses.replace(reviews, x=[*reviews.x, *reviews.x[:600]], packed=None)
+    config = small("sentiment", limit=600, epochs=4, max_tokens=30, unlabelled=1.5)
+    data = dld.build_data(raw, config)
+    assert "600 texts without labels" in dld.start_texts(dld.build_model(data.meta), data)
+    train = data.parts["train"]
+    lessons = [data.lesson(epoch, 4) for epoch in range(4)]
+    rows = torch.cat([lesson[0] for lesson in lessons[:3]])
+    assert len(rows) == 900 and sorted(rows[:600].tolist()) == [*range(800, 1400)] and (rows[600:] >= 800).all()
+    assert torch.equal(lessons[3][0], train) and torch.equal(lessons[3][1].argmax(1), data.labels[train])
+    assert [data.volume(done, 4) for done in range(5)] == [0, 300, 600, 900, 900 + len(train)]
+    simple = dld.PhraseModel(data.samples.tokens, train, data.labels[train], 2, 3, True).shares(rows, 0.7)
+    assert torch.allclose(torch.cat([lesson[1] for lesson in lessons[:3]]), simple, atol=1e-5)
+    for without in (dld.build_data(raw, small("sentiment", unlabelled=0.0)), dld.build_data(reviews, config)):
+        assert torch.equal(without.lesson(0, 4)[0], without.parts["train"])
+        assert without.volume(3, 4) == 3 * len(without.parts["train"])
+
+
+def test_a_run_with_texts_without_labels_resumes_to_the_same_bits(reviews, tmp_path):
+    raw = dataclasses.replace(reviews, x=[*reviews.x, *reviews.x[:600]], packed=None)
+    config, runs = small("sentiment", limit=200, epochs=3), []
+    for stop in (False, True):
+        runs.append(fit(raw, config, before=lambda data, state: dld.start_texts(state.model, data),
+                        on_epoch=lambda state, stop=stop: state.save(tmp_path / "c.pt") if stop and state.epoch == 1
+                        else None))
+    resumed = fit(raw, config, before=lambda data, state: (dld.start_texts(state.model, data),
+                                                           state.load(tmp_path / "c.pt")))
+    assert resumed.epoch == 3 and same_weights(resumed, runs[0]) and figures(resumed) == figures(runs[0])
+
+
+def test_neither_test_texts_nor_their_labels_matter_before_training(reviews):
+    def started(raw):
+        data = dld.build_data(raw, small("sentiment", limit=150))
+        torch.manual_seed(0)
+        dld.start_texts(model := dld.build_model(data.meta), data)
+        return model.embedding.weight
+
+    forged = dataclasses.replace(reviews, x=[*reviews.x[:600], *["good " * 9] * 200], y=reviews.y.copy(), packed=None)
+    forged.y[600:] = 0
+    assert torch.equal(started(reviews), started(forged))
+
+
 @pytest.mark.parametrize("task", ["cifar10", "mnist", "sentiment"])
 def test_a_resumed_run_ends_with_the_same_bits(task, request, tmp_path):
     raw = request.getfixturevalue({"cifar10": "shapes", "mnist": "digits", "sentiment": "reviews"}[task])

@@ -29,6 +29,8 @@ def measure(args):
             m = run(args.task, flags, args.data_dir)
             row = {key: m[key] for key in ("task", "model", "device", "torch", "seed", "width", "epochs",
                                            "val_accuracy", "test_accuracy", "seconds_training")}
+            row |= {key: m[key] for key in ("max_tokens", "unlabelled", "test_accuracy_without_repeats",
+                                            "yardstick_accuracy", "yardstick_gain") if "yardstick" in m}
             row |= {"budget": budget, "whole": round(m["whole"], 1), "memory_mb": round(m["peak_memory_mb"] - torch_mb)}
             print(json.dumps(row), flush=True)
             with args.results.open("a", encoding="utf-8") as file:
@@ -44,6 +46,13 @@ def groups(path):
     return together
 
 
+def choice(row):
+    """What --budget chooses among."""
+    if "max_tokens" not in row:
+        return f"width {row['width']}, {row['epochs']} epochs"
+    return f"{row['max_tokens']} words, {row['unlabelled']:.0%} of the unlabelled, {row['epochs']} epochs"
+
+
 def print_table(path):
     """One line for each task and budget."""
     print("| task | budget | chosen | seeds | test accuracy | whole process | training | memory |")
@@ -52,7 +61,7 @@ def print_table(path):
         accuracy = [100 * row["test_accuracy"] for row in rows]
         spread = f" ± {statistics.stdev(accuracy):.2f}" if len(rows) > 1 else ""
         whole = statistics.median(row["whole"] for row in rows)
-        chosen = " / ".join(sorted({f"width {row['width']}, {row['epochs']} epochs" for row in rows}))
+        chosen = " / ".join(sorted({choice(row) for row in rows}))
         print(f"| {task} {model} | {budget} | {chosen} | {len(rows)} "
               f"| {statistics.mean(accuracy):.2f} %{spread} | {whole:.0f} s "
               f"| {statistics.median(row['seconds_training'] for row in rows):.0f} s "
