@@ -92,7 +92,7 @@ IMPORTING = time.perf_counter() - STARTED  # seconds; they belong to what a run 
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 VERSION = "0.1"
-FORMAT = 2  # of model.pt and checkpoint.pt; raised when an older program could no longer read them
+FORMAT = 3  # of model.pt and checkpoint.pt; raised when an older program could no longer read them
 PAD, UNKNOWN = 0, 1  # the two token numbers that are no word
 EMBEDDING, PAIRING = 100, 16  # numbers that stand for a word, and for the pair that it makes with the word before
 PARTS = ("train", "val", "test")
@@ -524,7 +524,7 @@ class Images:
 
     def identity(self, row: int) -> Any:
         """Equal for samples that are the same."""
-        return self.pixels[row].numpy().tobytes()
+        return self.pixels[row].cpu().numpy().tobytes()
 
     def show(self, row: int) -> np.ndarray:
         """One picture to look at, [H, W] or [H, W, 3]."""
@@ -700,10 +700,9 @@ class Texts:
         if len(spans) - 2 != self.length[row]:  # an empty text, or letters that lower case makes two of
             return [self.tokens.words[i] for i in self.tokens.flat[self.start[row]:][place].tolist()]
         gaps = [text[end:start] for (_, end), (start, _) in itertools.pairwise(spans)]
-        behind = [re.match(r"\S*", gap)[0] for gap in gaps]  # type: ignore[index]
-        before = ["", *(gap[len(tail):].strip() for gap, tail in zip(gaps[1:-1], behind[1:-1], strict=True))]
-        before[0] = gaps[0].strip()
-        return [before[i] + text[slice(*spans[i + 1])] + behind[i + 1] for i in place]
+        tails = ["", *(gap.split(" ")[0] for gap in gaps[1:])]  # show() leaves no other white space
+        heads = [gap[len(tail):].strip() for gap, tail in zip(gaps, tails, strict=True)]
+        return [heads[i] + text[slice(*spans[i + 1])] + tails[i + 1] for i in place]
 
     def unknown(self, row: int) -> list[str]:
         """Words of a text that the model never saw."""
@@ -741,11 +740,12 @@ def word_vectors(ids: Tensor, words: int, size: int, near: int = 5) -> Tensor:
     """
     common = min(words, 2_002)
     counts = torch.zeros(words, common)
-    for distance in range(1, near + 1):
-        for word, neighbour in ((ids[:-distance], ids[distance:]), (ids[distance:], ids[:-distance])):
-            known = (word > UNKNOWN) & (neighbour > UNKNOWN) & (neighbour < common)
-            place = word[known] * common + neighbour[known]
-            counts.view(-1).scatter_add_(0, place, torch.ones(len(place)))
+    for some in ids.split(1_000_000):  # in parts, to save memory; a few pairs at the borders are lost
+        for distance in range(1, near + 1):
+            for word, neighbour in ((some[:-distance], some[distance:]), (some[distance:], some[:-distance])):
+                known = (word > UNKNOWN) & (neighbour > UNKNOWN) & (neighbour < common)
+                place = word[known].long() * common + neighbour[known]
+                counts.view(-1).scatter_add_(0, place, torch.ones(len(place)))
     usual = counts.sum(0) ** 0.75
     counts /= counts.sum(1, keepdim=True).clamp(min=1)
     information = counts.div_((usual / usual.sum()).clamp(min=1e-9)).log_().clamp_(min=0)
@@ -1003,7 +1003,7 @@ def read_imdb(folder: Path, download: bool) -> Raw:
     n_train = len(files[0]) + len(files[1])
     if (inside / "train" / "unsup").is_dir():
         files.append(list_texts(inside / "train" / "unsup"))
-    made_of = "\n".join([WORD, *(f"{len(found)}\n" + "\n".join(mark for _, mark in found) for found in files)])
+    made_of = "\n".join([VERSION, WORD, *(f"{len(found)}\n" + "\n".join(mark for _, mark in found) for found in files)])
     key, kept = hashlib.sha256(made_of.encode("utf-8", "surrogateescape")).hexdigest(), folder / "aclImdb.cut.npz"
     tokens = Tokens.load(kept, key)
     if not tokens:
@@ -1355,8 +1355,9 @@ def lstm(meta: dict[str, Any]) -> nn.Module:
 
 
 def transformer(meta: dict[str, Any]) -> nn.Module:
-    """The same with a small transformer as its reader, of the same number of states a word."""
-    return TextNet(meta, Encoder(2 * meta["width"], meta["dropout"]), 2 * meta["width"])
+    """The same with a small transformer as its reader, whose states are of the same size."""
+    width = meta["width"] // 2 * 4  # a multiple of the four ways of looking
+    return TextNet(meta, Encoder(width, meta["dropout"]), width)
 
 
 IMAGE_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"fast": FastNet, "classic": classic_cnn, "mlp": mlp}
@@ -1578,6 +1579,7 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
     """
     forward = torch.compile(state.model) if config.compile else state.model
     val_labels = data.labels[data.parts["val"]]
+
     def volume(done: int) -> int:
         return data.volume(done, config.epochs)
 
@@ -1962,9 +1964,9 @@ def strongest_passages(words: list[tuple[str, float]], most: int, around: int = 
 
 
 def shade(words: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Each word with a shade that means the same in every text: 0 for average weight or less, 1 for 16 times that."""
+    """Each word with a shade that means the same in every text: 0 for average weight or less, 1 for 4 times that."""
     average = 1 / sum(pair != GAP for pair in words)
-    return [(word, min(1.0, math.log2(max(weight / average, 1)) / 4)) for word, weight in words]
+    return [(word, min(1.0, math.log2(max(weight / average, 1)) / 2)) for word, weight in words]
 
 
 def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
@@ -2091,7 +2093,8 @@ def start_texts(model: nn.Module, data: Data) -> str:
     samples, train = data.samples, data.parts["train"]
     assert isinstance(samples, Texts) and isinstance(model, TextNet)
     known, classes = len(data.meta["vocabulary"]) + 2, len(data.meta["classes"])
-    words = samples.table[samples.tokens.of(torch.cat((train, data.parts["unlabelled"])))[0]].long()
+    readable = torch.cat((train, data.parts["unlabelled"]))
+    words = torch.cat([samples.table[samples.tokens.of(some)[0]] for some in readable.split(5_000)])
     vectors = word_vectors(words, known, EMBEDDING)
     labelled, text = samples.tokens.of(train)
     leanings = class_leanings(samples.table[labelled].long(), text, data.labels[train], known, classes)
@@ -2203,7 +2206,7 @@ LADDERS["transformer"] = LADDERS["lstm"]
 EXPLANATIONS = {"gradcam": "Grad-CAM: where the network saw evidence for the class it predicted",
                 "saliency": "Saliency: which pixels move the predicted class most",
                 "attention": "Attention: the darker a word, the more it weighs (unshaded: average or less; "
-                             "darkest: 16 times that)"}
+                             "darkest: 4 times that)"}
 
 
 def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False) -> Config:
@@ -2601,7 +2604,7 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
         f"{metrics['test_accuracy_high']:.2%}, {metrics['test_samples']:,} samples) "
         f"with the weights of epoch {metrics['best_epoch']}")
     if metrics["test_accuracy_without_repeats"] is None:
-        log("              every test sample stands in the official training part too: this says nothing about new ones")
+        log("              every test sample stands in the training part too: this says nothing about new ones")
     elif metrics["test_repeats"]:
         log(f"              {metrics['test_accuracy_without_repeats']:.2%} without the {metrics['test_repeats']} "
             "test samples that stand in the official training part too")

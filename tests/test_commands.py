@@ -273,10 +273,29 @@ def test_a_larger_budget_buys_a_higher_rung_and_flags_given_stay(digits):
         config = dld.settle({}, {**given, **more, "budget": budget})
         return dld.make_the_most(digits, config, runtime, {**given, **more}, dld.Clock(time.perf_counter(), budget))
 
-    little, much = buy("12s"), buy("10h")
+    little, much = buy("30s"), buy("10h")
     rungs = [(rung["width"], rung["epochs"]) for rung in dld.LADDERS["fast"]]
     assert rungs.index((little.width, little.epochs)) < rungs.index((much.width, much.epochs)) == len(rungs) - 1
     assert buy("10h", width=8, batch_size=100).width == 8
+
+
+def test_a_budget_for_texts_counts_what_their_preparation_takes(reviews):
+    raw = dataclasses.replace(reviews, x=[*reviews.x, *reviews.x[:600]], packed=None)
+    given = {"task": "sentiment", "data": "offline", "device": "cpu", "precision": "fp32", "max_tokens": 20}
+    runtime = dld.start_runtime(dld.Config(device="cpu", precision="fp32"))
+
+    def buy(**more):
+        config = dld.settle({}, {**given, **more, "budget": "10h"})
+        return dld.make_the_most(raw, config, runtime, {**given, **more}, dld.Clock(time.perf_counter(), "10h"))
+
+    assert (buy().epochs, buy().unlabelled) == (3, 1.0) and buy(unlabelled=0.5).unlabelled == 0.5
+    data = dld.build_data(raw, config := small("sentiment", epochs=3, max_tokens=20))
+    pace = dld.Pace(config, train=0.01, predict=0.001)
+    more, less = (pace.seconds(data, dataclasses.replace(config, unlabelled=n), started=False) for n in (1.0, 0.0))
+    before, after = dld.text_seconds(data, 600)
+    assert before > 0 < after
+    rest = 0.01 * (len(data.parts["train"]) + 600) + 0.001 * (3 * len(data.parts["val"]) + 800 - 60) + 10 * pace.figure
+    assert more == pytest.approx(before + rest + after, abs=0.01) and less > rest, "three passes over the labelled"
 
 
 def test_a_run_within_a_budget_records_what_it_chose(tmp_path, capsys):

@@ -8,6 +8,7 @@ bidirectional=True), float32, Adam. Both train on the same reviews with the same
 text; tokens are words of the reviews, padding not counted. The two take turns, and the median of their rates counts.
 """
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -59,7 +60,9 @@ def main():
     def timed(name, job):
         started = time.perf_counter()
         done = job()
-        print(f"{name:58} {time.perf_counter() - started:7.1f} s", flush=True)
+        peak = dld.peak_memory_mb(runtime) or 0
+        print(f"{name:58} {time.perf_counter() - started:7.1f} s, at most {peak:,.0f} MB so far",
+              flush=True)
         return done
 
     config = dld.settle({}, {"task": "sentiment", "data": "real", "data_dir": args.data_dir})
@@ -67,8 +70,8 @@ def main():
     raw = timed("reading the reviews (with the kept words, if there)", lambda: dld.read_imdb(config.data_path, False))
     data = timed("splitting, vocabulary, numbering", lambda: dld.build_data(raw, config))
     train, samples, labels = data.parts["train"], data.samples, data.labels
-    words = samples.table[samples.tokens.of(torch.cat((train, data.parts["unlabelled"])))[0]].long()
-    timed("word vectors", lambda: dld.word_vectors(words, len(data.meta["vocabulary"]) + 2, dld.EMBEDDING))
+    few = dataclasses.replace(data, first=data.first[:0])
+    timed("word vectors and leanings", lambda: dld.start_texts(dld.build_model(data.meta), few))
     simple = timed("yardstick: learning", lambda: dld.PhraseModel(samples.tokens, train, labels[train], 2, 2, False))
     timed("yardstick: the test part", lambda: simple.shares(data.parts["test"]))
     simple = timed("opinions: learning", lambda: dld.PhraseModel(samples.tokens, train, labels[train], 2, 3, True))
