@@ -780,7 +780,7 @@ class PhraseModel:
         self.weight = np.ones(len(self.known), np.float32)
         if weighed:
             uses = np.stack([1 + np.asarray((counts[(y == c).numpy()] > 0).sum(0)).ravel() for c in range(classes)])
-            self.weight = np.log(uses / uses.sum(1, keepdims=True)).std(0).astype(np.float32)
+            self.weight = np.ptp(np.log(uses / uses.sum(1, keepdims=True)), 0).astype(np.float32)
         self.scale = TfidfTransformer(sublinear_tf=True).fit(counts)
         model = LogisticRegression(C=10, max_iter=200) if len(y.unique()) > 1 else DummyClassifier()
         self.model = model.fit(self.features(counts), y.numpy())
@@ -1971,7 +1971,7 @@ def shade(words: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
                       title: str) -> None:
-    """The words of each text shaded where they weigh more than the average; of a long one, the strongest passage."""
+    """The words of each text shaded where they weigh more than the average; of a long one, the strongest passages."""
     from matplotlib.font_manager import FontProperties
     font, room, line_height = FontProperties(family="DejaVu Sans", size=9.5), 1130, 34  # room and height in pixels
     with canvas(path, 8, 8) as figure:
@@ -1987,6 +1987,7 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
             y += line_height
             x = 20.0
             for word, dark in strongest_passages(shade(words), 60):
+                word = word if len(word) < 60 else f"{word[:58]}…"
                 if x + width(word) > 20 + room:
                     x, y = 20, y + line_height
                 drawn.append((word, x, y, "black", dark))
@@ -2003,7 +2004,7 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
 
 def write_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
                        title: str) -> None:
-    """The same as a page: whole texts that can be selected and searched, with each word's weight under the pointer."""
+    """The same as a page: all that the model read, to select and search, with each word's weight under the pointer."""
     parts = []
     for verdict, words in zip(verdicts, maps, strict=True):
         marked = [f'<mark style="--dark:{dark:.2f}" title="weight {weight:.1%}">{html.escape(word)}</mark>'

@@ -11,7 +11,8 @@ HISTORY = [{"epoch": i + 1, "train_loss": 2 / (i + 1), "val_loss": 2.2 / (i + 1)
             "val_accuracy": 0.28 + 0.1 * i} for i in range(5)]
 RIGHT, WRONG = dld.Verdict("bird", "bird", 0.9), dld.Verdict("airplane", "automobile", 0.55)
 PICTURES = list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
-WORDS = [[("the", 0.1), ("$price$", 0.2), ("was_{x}", 0.3), ("😀", 0.4), ("很好", 0.4)], [("word", 1 / 300)] * 300]
+WORDS = [[("the", 0.1), ("$price$", 0.2), ("was_{x}", 0.3), ("😀", 0.4), ("很好", 0.4)], [("word", 1 / 300)] * 300,
+         [("=" * 400, 1.0)]]
 ROW = {"label": "cifar10 classic", "test_accuracy": 0.9, "test_accuracy_low": 0.88, "test_accuracy_high": 0.92,
        "seconds_training": 10.0, "parameters": 10**6, "multiply_adds": 10**7, "latency_ms": 1.5,
        "samples_per_second": 2000.0}
@@ -26,7 +27,7 @@ DRAW = {
     "grey picture": lambda path: dld.plot_image_samples([PICTURES[0][..., 0]], [WRONG], path, "title"),
     "maps": lambda path: dld.plot_image_maps(PICTURES, [RIGHT, WRONG], [np.eye(32), np.zeros((32, 32))], path, "t"),
     "texts": lambda path: dld.plot_text_samples(["costs $5 or $6 \\alpha 很好", ""], [RIGHT, WRONG], path, "title"),
-    "words": lambda path: dld.plot_text_weights(["", ""], [RIGHT, WRONG], WORDS, path, "title"),
+    "words": lambda path: dld.plot_text_weights(["", "", ""], [RIGHT, WRONG, RIGHT], WORDS, path, "title"),
     "comparison": lambda path: dld.plot_comparison([ROW, {**ROW, "label": "mnist mlp"}], path, "title"),
 }
 
