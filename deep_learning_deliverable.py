@@ -705,9 +705,10 @@ class Texts:
         return [heads[i] + text[slice(*spans[i + 1])] + tails[i + 1] for i in place]
 
     def unknown(self, row: int) -> list[str]:
-        """Words of a text that the model never saw."""
+        """Words of a text that the model does not know."""
         there = self.tokens.flat[self.start[row]:self.start[row] + self.length[row]].long()
-        return [self.tokens.words[i] for i in dict.fromkeys(there[self.table[there] == UNKNOWN].tolist())]
+        places = dict.fromkeys(there[self.table[there] == UNKNOWN].tolist())
+        return [self.tokens.words[i] for i in places if self.tokens.words[i]]  # an empty text is one empty word
 
     def show(self, row: int) -> str:
         """One text to read."""
@@ -2136,8 +2137,8 @@ def phrase_yardstick(data: Data) -> tuple[str, Tensor]:
 def hint_texts(model: nn.Module, samples: Texts, row: int) -> str:
     """The words that weighed most, and those that the model does not know."""
     words = explain_texts(model, samples, torch.tensor([row]))[1][0]
-    heavy = [f"{word} {weight:.0%}" for word, weight in sorted(words, key=lambda pair: -pair[1])[:4]
-             if weight > 1 / len(words)]
+    heaviest = sorted(words, key=lambda pair: -pair[1])[:4]
+    heavy = [f"{word.strip('.,;:()') or word} {weight:.0%}" for word, weight in heaviest if weight > 1 / len(words)]
     unknown = samples.unknown(row)
     return "; ".join(filter(None, (
         "weighed most: " + ", ".join(heavy) if heavy else "",
