@@ -49,7 +49,7 @@ def test_labels_of_the_test_part_never_matter_to_training(digits):
 
 
 def test_texts_without_labels_teach_what_the_simple_method_thinks(reviews):
-    """Labels of three quarters are taken away; of those texts the network learns all the same."""
+    """The epochs before the last share out the texts without labels, with its opinions for their truth."""
     raw = dataclasses.replace(reviews, x=[*reviews.x, *reviews.x[:600]], packed=None)
     config = small("sentiment", limit=600, epochs=4, max_tokens=30, unlabelled=1.5)
     data = dld.build_data(raw, config)
