@@ -181,7 +181,8 @@ def test_long_texts_keep_beginning_and_end_and_empty_ones_are_inputs():
     tokens = dld.pack_texts([" ".join(words), "", "   ", "w1 w2"])
     samples = dld.Texts(tokens, {"vocabulary": words, "max_tokens": 10})
     assert samples.words(0) == words[:5] + words[-5:]
-    assert samples.identity(0) != samples.identity(1) and samples.identity(1) == samples.identity(2)
+    prints = samples.identities(torch.arange(3))
+    assert prints[0] != prints[1] == prints[2]
     batch = samples.batch(torch.arange(4))
     assert batch[0].tolist() == [*range(2, 7), *range(97, 102)]
     assert batch[1].tolist() == batch[2].tolist() == [dld.UNKNOWN] + [dld.PAD] * 9

@@ -3,6 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from conftest import dld
 from PIL import Image
 
@@ -12,7 +13,11 @@ HISTORY = [{"epoch": i + 1, "train_loss": 2 / (i + 1), "val_loss": 2.2 / (i + 1)
 RIGHT, WRONG = dld.Verdict("bird", "bird", 0.9), dld.Verdict("airplane", "automobile", 0.55)
 PICTURES = list(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
 WORDS = [[("the", 0.1), ("$price$", 0.2), ("was_{x}", 0.3), ("😀", 0.4), ("很好", 0.4)], [("word", 1 / 300)] * 300,
-         [("=" * 400, 1.0)]]
+         [("=" * 400, -1.0)]]
+BINS = [{"low": 0.2, "high": 0.4, "samples": 9, "confidence": 0.3, "accuracy": 0.4},
+        {"low": 0.8, "high": 1.0, "samples": 90, "confidence": 0.9, "accuracy": 1.0}]
+FALLS = {against: torch.linspace(1, 0.1, len(dld.SHARES)).double().repeat(5, 1) ** power
+         for power, against in enumerate(("random", "untrained", "explained"), 1)}
 ROW = {"label": "cifar10 classic", "test_accuracy": 0.9, "test_accuracy_low": 0.88, "test_accuracy_high": 0.92,
        "seconds_training": 10.0, "parameters": 10**6, "multiply_adds": 10**7, "latency_ms": 1.5,
        "samples_per_second": 2000.0}
@@ -25,8 +30,18 @@ DRAW = {
     "two classes": lambda path: dld.plot_confusion(np.ones((2, 2), int), ["negative", "positive"], path, "t", True),
     "pictures": lambda path: dld.plot_image_samples(PICTURES, [RIGHT, WRONG], path, "title"),
     "grey picture": lambda path: dld.plot_image_samples([PICTURES[0][..., 0]], [WRONG], path, "title"),
-    "maps": lambda path: dld.plot_image_maps(PICTURES, [RIGHT, WRONG], [np.eye(32), np.zeros((32, 32))], path, "t"),
+    "maps": lambda path: dld.plot_image_maps(PICTURES, [RIGHT, WRONG], [{"for bird": np.eye(32)}, {
+        "for automobile": np.zeros((32, 32)), "for airplane": np.eye(32)}], path, "t"),
     "texts": lambda path: dld.plot_text_samples(["costs $5 or $6 \\alpha 很好", ""], [RIGHT, WRONG], path, "title"),
+    "no validation": lambda path: dld.plot_curves([{**row, "val_loss": float("nan"), "val_accuracy": float("nan")}
+                                                   for row in HISTORY], 5, path, "title"),
+    "pairs": lambda path: dld.plot_image_samples(PICTURES, [dld.Caption("test:\nbird", dld.BLUE),
+                                                            dld.Caption("training:\nbird")], path, "title"),
+    "reliability": lambda path: dld.plot_reliability(BINS, BINS[:1], path, "title"),
+    "deletion": lambda path: dld.plot_deletion({"gradcam": FALLS}, {"gradcam": "Grad-CAM"}, path, "title"),
+    "two deletions": lambda path: dld.plot_deletion({"a": FALLS, "b": FALLS}, {"a": "Attention", "b": "Gradients"},
+                                                    path, "title"),
+    "overlay": lambda path: dld.plot_overlay({f"fold {i}": HISTORY for i in range(12)}, path, "title"),
     "words": lambda path: dld.plot_text_weights(["", "", ""], [RIGHT, WRONG, RIGHT], WORDS, path, "title"),
     "comparison": lambda path: dld.plot_comparison([ROW, {**ROW, "label": "mnist mlp"}], path, "title"),
 }
