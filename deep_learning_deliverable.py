@@ -2559,6 +2559,7 @@ PAGE = """<!DOCTYPE html>
   th:first-child, td:first-child, .facts td, .facts th {{ text-align: left; font-weight: normal; }}
   .facts td {{ overflow-wrap: anywhere; }}
   code {{ font-size: 0.9em; overflow-wrap: anywhere; }}
+  @media (max-width: 30rem) {{ table {{ font-size: 0.87rem; }} th, td {{ padding-right: 0.45rem; }} }}
   mark {{ color: inherit; border-radius: 3px; padding: 0.05em 0.15em;
          background: rgb(var(--tint) / calc(0.75 * var(--dark))); }}
   @media print {{ :root {{ color-scheme: light; }} body {{ margin: 0; max-width: none; font-size: 11pt; }}
@@ -2718,6 +2719,7 @@ class Kind:
 
     example: str  # of a --predict argument
     examined: int  # how many test samples' explanations are put to the test
+    examining: int  # how many predictions take as long as one such test
     shown: tuple[int, int, int]  # how many samples a figure holds; explained at random; explained of the mistakes
     pack: Callable[[Any], Any]  # as they come -> one array
     learn: Callable[..., dict[str, Any]]  # what the training rows teach: mean and deviation, or vocabulary
@@ -2841,11 +2843,11 @@ def hint_texts(model: nn.Module, samples: Texts, row: int) -> str:
 
 
 KINDS = {
-    "image": Kind("PICTURE.png", 100, (24, 12, 4), pack_images, learn_images, Images, open_images,
+    "image": Kind("PICTURE.png", 100, 80, (24, 12, 4), pack_images, learn_images, Images, open_images,
                   IMAGE_MODELS, explain_images, dress_images, plot_image_samples, plot_image_maps, pixel_yardstick,
                   aside=picture_seconds),
-    "text": Kind('"a wonderful film, though a little long"', 50, (12, 4, 2), pack_texts, learn_texts, Texts, open_texts,
-                 TEXT_MODELS, explain_texts, dress_texts, plot_text_samples, plot_text_weights, phrase_yardstick,
+    "text": Kind('"a wonderful film, though a little long"', 50, 300, (12, 4, 2), pack_texts, learn_texts, Texts,
+                 open_texts, TEXT_MODELS, explain_texts, dress_texts, plot_text_samples, plot_text_weights, phrase_yardstick,
                  start_texts, text_seconds, write_text_weights, hint_texts)}
 
 
@@ -2998,8 +3000,8 @@ class Pace:
         """What a full report takes beyond a minimal one."""
         work = (config.width / self.config.width) ** 1.75 * config.max_tokens / self.config.max_tokens
         kind = KINDS[data.meta["kind"]]
-        tests = kind.examined * (300 if kind.page else 80)  # as many predictions take as long
-        return kind.aside(data, 0)[1] + self.predict * tests * work + self.figure * 6
+        tests = self.predict * kind.examined * kind.examining * work
+        return kind.aside(data, 0)[1] + tests + self.figure * 6
 
 
 def measure_pace(data: Data, config: Config, runtime: Runtime) -> Pace:
@@ -3380,9 +3382,9 @@ def say_calibration(m: dict[str, Any]) -> str:
     """Whether the model's confidence fits, and what the temperature did."""
     before, after = m["test_ece_uncalibrated"], m["test_ece"]
     change = "lower" if after < before else "higher" if after > before else "the same"
-    return (f"Confidence and accuracy differ by {100 * after:.1f} points on average (expected calibration error, test "
+    return (f"Confidence and accuracy differ by {100 * after:.2f} points on average (expected calibration error, test "
             f"part); before the temperature of {m['temperature']:.2f}, fitted on held-out training samples, by "
-            f"{100 * before:.1f}: it is {change} now. The class that wins is the same with any temperature.")
+            f"{100 * before:.2f}: it is {change} now. The class that wins is the same with any temperature.")
 
 
 def trusted(m: dict[str, Any], name: str) -> bool:
@@ -3416,7 +3418,9 @@ def say_faults(m: dict[str, Any], found: Findings) -> list[str]:
     said = [f"Training classes are balanced: {int(counts[0]):,} samples each." if counts.min() == counts.max() else
             f"Training samples a class: from {int(counts[least]):,} ({classes[least]}) to {int(counts[most]):,} "
             f"({classes[most]})."]
-    said.append(f"Exact repeats: {m['train_repeats']:,} within the training part, {m['test_own_repeats']:,} within the "
+    repeats = m["train_repeats"] + m["test_own_repeats"] + m["test_repeats"]
+    said.append("Exact repeats: none." if not repeats else
+                f"Exact repeats: {m['train_repeats']:,} within the training part, {m['test_own_repeats']:,} within the "
                 f"test part, {m['test_repeats']:,} test samples that stand in the training part too; "
                 f"{m['repeats_with_other_label']:,} of all these carry another label than the sample they repeat.")
     if m["test_accuracy_without_repeats"] is None:
@@ -3531,8 +3535,9 @@ def report_reasons(folder: Path, found: Findings) -> str:
     figures = []
     for name, (method, what) in EXPLANATIONS.items():
         known = f"{name}_over_random" in m
-        text = f"{method}: {what}." + (("" if trusted(m, name) else " Not to be relied on, see the test below.")
-                                       if known else " It was not put to the test.")
+        text = f"{method}: {what}. " + (
+            "It was not put to the test." if not known else "For this network it passed the test below."
+            if trusted(m, name) else "For this network it failed the test below: do not rely on it.")
         figures.append(html_figure(folder / f"{name}.png", text))
     said = [say_explanation(m, name) for name in found.curves]
     if "peak_on_object" in m:
@@ -3559,7 +3564,7 @@ def report_cost(found: Findings) -> str:
     m = found.metrics
     memory = m.get("peak_memory_mb")
     where = "of the whole process" if m["device"].startswith(("cpu", "mps")) else "on the GPU"
-    return html_section("What it cost", html_table("", [], [
+    return html_section("What it cost", html_table("Time, size and memory", [], [
         ["time in all", f"{say_time(m['seconds_total'])}, {say_time(m['seconds_training'])} of it training"],
         ["training speed", f"{m['samples_per_second']:,.0f} samples/s, validation included"],
         ["one prediction", f"{m['latency_ms']:.2f} ms, {m['multiply_adds'] / 1e6:,.2f} million multiply-adds"],
@@ -3576,7 +3581,7 @@ def report_repeating(folder: Path, found: Findings) -> str:
     made_with = [[key.replace("_", "-"), str(m[key])] for key in versions()]
     return html_section(
         "How to repeat it", f"<p><code>{html.escape(command)}</code></p>",
-        html_table("Settings", [], [[flag_name(key), str(value)] for key, value in config.items()], "facts"),
+        html_table("Settings", [], [[flag_name(key), str(value) or "–"] for key, value in config.items()], "facts"),
         html_table("Versions", [], made_with, "facts"),
         html_table("Fingerprints of the data", [], prints, "facts"))
 
@@ -3586,7 +3591,7 @@ def write_report(folder: Path, found: Findings) -> None:
     m = found.metrics
     banner = [f'<p class="banner">Trained on {html.escape(m["dataset"])}: good for trying out, not for claims.</p>'
               ] if m["stand_in"] else []
-    folds = f"Cross-validation with {m.get('folds')} folds: {say_folds(m)}" if found.folds else ""
+    folds = f"Cross-validation with {m.get('folds')} folds, accuracy {say_folds(m)}." if found.folds else ""
     sections = [report_result(found),
                 html_section("The training", html_figure(folder / "training_curves.png",
                                                          say_curves(found.history, m["best_epoch"])),
@@ -3598,8 +3603,8 @@ def write_report(folder: Path, found: Findings) -> None:
 
 def say_folds(m: dict[str, Any]) -> str:
     """Mean and spread over the folds."""
-    return (f"accuracy {m['folds_accuracy']:.2%} on average, standard deviation {100 * m['folds_spread']:.2f} points, "
-            "each on samples that its network had not seen, after its last epoch.")
+    return (f"{m['folds_accuracy']:.2%} on average, standard deviation {100 * m['folds_spread']:.2f} points (each on "
+            "samples that its network had not seen, after its last epoch)")
 
 
 # -- several runs -----------------------------------------------------------------------------------------------------
@@ -3655,7 +3660,7 @@ def say_verdicts(rows: list[dict[str, Any]], right: dict[str, np.ndarray]) -> li
     if len({row["test"] for row in rows}) > 1:
         high, low = (f"{row['test_accuracy']:.1%} ({row['label']})" for row in ranked[::len(ranked) - 1])
         said.append(f"Test accuracy runs from {low} to {high}; not all were tested on the same samples, so this "
-                    "compares tasks, not networks.")
+                    "says nothing about which network is better.")
     return said
 
 
@@ -3704,6 +3709,7 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
     plot_overlay({label: history for label, (_, _, history) in zip(labels, read, strict=True)}, curves, title)
     table = [[key.replace("_", " "), *(form.format(row[key]) for row in rows)] for key, form in COMPARED.items()]
     wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table[0][0] = "run"
     ruled = [table[0], ["-" * width for width in wide], *table[1:]]
     lines = [f"# {title}", "", *("| " + " | ".join(map(str.ljust, cells, wide)) + " |" for cells in ruled), "",
              f"![comparison]({picture.name})", "", *(f"- {line}" for line in verdicts + costs), "",
@@ -3735,10 +3741,11 @@ def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log
     """What an epoch leaves behind: a checkpoint, a line, and its place in the curves."""
     state.save(folder / "checkpoint.pt")
     row = state.history[-1]
+    unseen = len(data.parts["val"])
     log(f"epoch {state.epoch:>{len(str(config.epochs))}}/{config.epochs}   "
         f"train {row['train_loss']:.3f} {row['train_accuracy']:6.1%}   "
-        f"validation {row['val_loss']:.3f} {row['val_accuracy']:6.1%}   {row['seconds']:6.1f} s"
-        + ("   best" if state.stale == 0 else ""))
+        + (f"validation {row['val_loss']:.3f} {row['val_accuracy']:6.1%}   " if unseen else "")
+        + f"{row['seconds']:6.1f} s" + ("   best" if unseen and state.stale == 0 else ""))
     with contextlib.suppress(PermissionError):  # Windows, while somebody looks at the file: the next epoch writes it
         write_progress(folder, state, f"{data.name} · {config.model} · still training", least_seconds=5)
 

@@ -117,7 +117,7 @@ def test_planted_label_flips_are_found_out_of_fold(tmp_path, monkeypatch, capsys
     assert metrics["folds"] == 3 and 0 < metrics["folds_spread"] < 0.05
     assert metrics["val_accuracy"] == pytest.approx(metrics["folds_accuracy"], abs=1e-3)
     page = (run / "report.html").read_text("utf-8")
-    assert "Cross-validation with 3 folds: accuracy " in page and "no validation curve" in page
+    assert "Cross-validation with 3 folds, accuracy " in page and "no validation curve" in page
     assert (run / "folds.png").exists() and "validation" in (run / "log.txt").read_text("utf-8")
     before = dld.load_file(run / "model.pt")
     for name in ("model.pt", "checkpoint.pt", "metrics.json"):
