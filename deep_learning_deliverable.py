@@ -14,12 +14,12 @@ Everything lands in outputs/<task>/: report.html with all of it on one page, cur
 report, sample predictions, Grad-CAM or attention, metrics.json, model.pt. Data travels one straight line, and each
 section knows nothing of the later ones:
 
-    flags -> Config -> Runtime -> Raw -> Data -> model -> fit -> measure -> explain -> figures -> run folder
+    flags -> Config -> Runtime -> Raw -> Data -> model -> fit -> measure -> explain -> figures -> run folder -> report
 
-     1  Constants and errors      5  Models         9  Figures
+     1  Constants and errors      5  Models         9  Figures and pages    13  Commands and flags
      2  Config                    6  Training      10  Tasks
      3  Runtime                   7  Measuring     11  Run folder
-     4  Data                      8  Explaining    12  Commands and flags
+     4  Data                      8  Explaining    12  Report
 """
 
 # /// script
@@ -473,12 +473,18 @@ def split_rows(raw: Raw, config: Config) -> dict[str, Tensor]:
         if not len(rows[part]):
             raise DataError(f"{raw.name}: no {part} samples are left of {len(raw.y)}; lower --val-fraction")
     rows["unlabelled"] = len(raw.y) + rng.permutation(len(raw.x) - len(raw.y))
-    return {part: torch.from_numpy(np.sort(some[:config.limit or len(some)])) for part, some in rows.items()}
+    parts = {part: torch.from_numpy(np.sort(some[:config.limit or len(some)])) for part, some in rows.items()}
+    if not config.folds:
+        return parts
+    both = torch.cat((parts["train"], parts["val"])).sort().values
+    if len(both) < config.folds:
+        raise UsageError(f"--folds {config.folds}: there are only {len(both)} training samples")
+    return parts | {"train": both, "val": both[:0]}  # after the folds, the last training has no validation part
 
 
 def fold_rows(parts: dict[str, Tensor], labels: Tensor, folds: int, seed: int) -> list[dict[str, Tensor]]:
-    """Each fold's parts: stratified, every row of training and validation validates once, the test part left alone."""
-    rows = torch.cat((parts["train"], parts["val"])).sort().values
+    """Each fold's parts: stratified, every training row validates once, the test part is left alone."""
+    rows = parts["train"]
     order = stratified_order(labels[rows].numpy(), np.random.default_rng(seed))
     blocks = [rows[torch.from_numpy(np.sort(block))] for block in np.array_split(order, folds)]
     return [{**parts, "val": block, "train": torch.cat([other for other in blocks if other is not block]).sort().values}
@@ -565,8 +571,8 @@ class Images:
         fifth nearest picture lacks to be the same: many a sky, and many a digit 1, resembles many others.
         """
         def coarse(some: Tensor, mirrored: bool = False) -> Tensor:
-            x = F.adaptive_avg_pool2d(self.pixels[some.to(self.pixels.device)].float(), 8)
-            x = (x.flip(3) if mirrored else x).flatten(1)
+            x = self.pixels[some.to(self.pixels.device)].cpu().float()  # Apple GPUs cannot pool 28 places into 8
+            x = F.adaptive_avg_pool2d(x.flip(3) if mirrored else x, 8).flatten(1).to(self.pixels.device)
             return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
         library = torch.cat([coarse(some) for some in among.split(5000)])
@@ -1865,11 +1871,16 @@ def measure(logits: Tensor, y: Tensor, temperature: float = 1.0) -> dict[str, fl
 
 
 def measure_gain(right: Tensor, simple: Tensor, name: str) -> dict[str, float]:
-    """How much more often one method is right than another on the same samples, with the paired 95% interval."""
-    n, gain = len(right), float(right.double().mean() - simple.double().mean())
-    half = 1.959964 * math.sqrt(max(float((right != simple).double().mean()) - gain ** 2, 0) / n)
-    return {f"{name}_accuracy": float(simple.double().mean()), f"{name}_gain": gain,
-            f"{name}_gain_low": gain - half, f"{name}_gain_high": gain + half}
+    """How much more often one method is right than another on the same samples, with the paired 95% interval.
+
+    For the interval two samples are added, half a sample to each way in which the two can agree or differ (Agresti and
+    Min 2005), so that a handful of samples proves nothing.
+    """
+    first, second = (float((one & ~two).sum()) for one, two in ((right, simple), (simple, right)))
+    n, gain = len(right) + 2, (first - second) / (len(right) + 2)
+    half = 1.959964 * math.sqrt(((first + second + 1) / n - gain ** 2) / n)
+    return {f"{name}_accuracy": float(simple.double().mean()), f"{name}_gain": (first - second) / len(right),
+            f"{name}_gain_low": max(-1.0, gain - half), f"{name}_gain_high": min(1.0, gain + half)}
 
 
 def mcnemar(one: np.ndarray, two: np.ndarray) -> float:
@@ -2217,8 +2228,8 @@ def delete_strongest(model: nn.Module, x: Tensor, label: Tensor, strength: Tenso
     for share in SHARES:
         gone = real & (rank < (size * share).round())
         less = x.masked_fill(gone, UNKNOWN) if text else x * ~gone[:, None]
-        curve.append(probabilities(model(less).float(), temperature).gather(1, label[:, None])[:, 0])
-    return torch.stack(curve, 1).cpu()
+        curve.append(probabilities(model(less).cpu(), temperature).gather(1, label[:, None].cpu())[:, 0])
+    return torch.stack(curve, 1)
 
 
 def try_explanations(model: nn.Module, untrained: nn.Module, samples: Images | Texts, rows: Tensor, explain: Any,
@@ -2243,6 +2254,7 @@ def try_explanations(model: nn.Module, untrained: nn.Module, samples: Images | T
 
 def measure_explanations(curves: dict[str, dict[str, Tensor]]) -> dict[str, float]:
     """Areas under the deletion curves, and how much smaller the explained one is, with the paired 95% interval."""
+    from scipy.stats import t
     values: dict[str, float] = {}
     for name, found in curves.items():
         area = {against: torch.trapezoid(curve, torch.tensor(SHARES).double(), dim=1)
@@ -2250,7 +2262,8 @@ def measure_explanations(curves: dict[str, dict[str, Tensor]]) -> dict[str, floa
         values |= {f"{name}_area_{against}": float(some.mean()) for against, some in area.items()}
         for against in ("random", "untrained"):
             gain = area[against] - area["explained"]
-            half = 1.959964 * float(gain.std(correction=0)) / math.sqrt(len(gain))
+            n = len(gain)  # a single sample proves nothing: its interval is all that areas can differ by
+            half = float(t.ppf(0.975, n - 1) * gain.std() / math.sqrt(n)) if n > 1 else 1.0
             values |= {f"{name}_over_{against}": float(gain.mean()),
                        f"{name}_over_{against}_low": float(gain.mean()) - half,
                        f"{name}_over_{against}_high": float(gain.mean()) + half}
@@ -2266,7 +2279,7 @@ def peaks_on_object(data: Data, rows: Tensor, strength: Tensor) -> Tensor:
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
-# ║ 9  Figures                                                                                                       ║
+# ║ 9  Figures and pages                                                                                             ║
 # ║    Arrays and a path in, a PNG out. Knows nothing of models or data sets.                                        ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
@@ -2513,18 +2526,91 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
         figure.text(0.5, 1 - 40 / (y + 10), title, ha="center", va="center", fontsize=11)
 
 
-def write_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
-                       title: str) -> None:
-    """The same as a page: all that the model read, to select and search, with each word's weight under the pointer."""
-    parts = []
-    for verdict, words in zip(verdicts, maps, strict=True):
-        marked = [f'<mark style="--tint:{" ".join(map(str, TINTS[dark > 0]))};--dark:{abs(dark):.2f}" '
-                  f'title="weight {weight:.1%}">{html.escape(word)}</mark>'
-                  if dark else html.escape(word) for (word, dark), (_, weight) in zip(shade(words), words, strict=True)]
-        tone = "right" if verdict.true == verdict.predicted else "wrong"
-        parts.append(f'<h2 class="{tone}">{html.escape(verdict.line)}</h2>\n<p>{" ".join(marked)}</p>')
-    write_page(path, title, "\n".join(parts), "text")
+def plot_reliability(before: list[dict[str, float]], after: list[dict[str, float]], path: Path, title: str) -> None:
+    """How often predictions of each confidence are right, with intervals; below, how many there are."""
+    with canvas(path, 6, 5.6) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="confidence fits")
+        upper.plot([b["confidence"] for b in before], [b["accuracy"] for b in before], color=ORANGE, marker="s",
+                   markersize=4, linestyle="--", label="before the temperature")
+        ends = np.array([wilson(b["accuracy"] * b["samples"], int(b["samples"])) for b in after]).T
+        right = np.array([b["accuracy"] for b in after])
+        upper.errorbar([b["confidence"] for b in after], right, yerr=np.abs(ends - right), color=BLUE, marker="o",
+                       markersize=4, capsize=3, linestyle="none", label="after it, 95% interval")
+        upper.set(ylabel="share that is right", ylim=(-0.03, 1.03))
+        upper.legend(frameon=True, loc="lower right")
+        lower.bar([b["low"] for b in after], [b["samples"] for b in after], align="edge", color=BLUE,
+                  width=[b["high"] - b["low"] for b in after], edgecolor="white")
+        lower.set(xlabel="confidence of the prediction", ylabel="samples", xlim=(0, 1))
+        figure.suptitle(title)
 
+
+CURVES = {"random": ("as much elsewhere, at random", GREY, "--"),
+          "untrained": ("what an untrained network marks", ORANGE, "-."),
+          "explained": ("what the explanation marks", BLUE, "-")}
+
+
+def plot_deletion(curves: dict[str, dict[str, Tensor]], names: dict[str, str], path: Path, title: str) -> None:
+    """How the predicted class's probability falls while what an explanation marks is deleted, strongest first."""
+    with canvas(path, max(6.4, 4.4 * len(curves)), 4.2) as figure:
+        for axes, (name, found) in zip(figure.subplots(1, len(curves), squeeze=False, sharey=True)[0], curves.items(),
+                                       strict=True):
+            for against, (label, colour, style) in CURVES.items():
+                y = found[against].numpy()
+                half = 1.959964 * y.std(0) / math.sqrt(len(y))
+                axes.plot(SHARES, y.mean(0), color=colour, linestyle=style, marker="o", markersize=3, label=label)
+                axes.fill_between(SHARES, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.15, linewidth=0)
+            axes.set(title=names[name], xlabel="share deleted, strongest first", ylim=(0, 1.02), xlim=(0, 1))
+            axes.set_ylabel("probability of the predicted class" if axes.get_subplotspec().is_first_col() else "")
+        figure.axes[0].legend(frameon=True)
+        figure.suptitle(title)
+
+
+def plot_overlay(histories: dict[str, list[dict[str, float]]], path: Path, title: str) -> None:
+    """Validation loss and accuracy of several trainings in the same axes."""
+    import seaborn
+    colours = seaborn.color_palette("colorblind", len(histories))
+    with canvas(path, 8, 3.9) as figure:
+        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            scale = 100 if name == "accuracy" else 1
+            for (label, history), colour, style in zip(histories.items(), colours, itertools.cycle(("-", "--", "-.")),
+                                                       strict=False):
+                axes.plot([row["epoch"] for row in history], [row[f"val_{name}"] * scale for row in history],
+                          color=colour, linestyle=style, marker="o", markersize=3 if len(history) < 30 else 0,
+                          label=label)
+            axes.set(title=f"validation {name}", xlabel="epoch",
+                     ylabel="accuracy in %" if scale == 100 else "cross-entropy")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
+                      ncols=min(4, len(histories)))
+        figure.suptitle(title)
+
+
+def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars for each run: accuracy with its interval, training time, size and speed."""
+    names = [row["label"] for row in rows]
+    panels = (("test_accuracy", "test accuracy in %, 95% interval", 100, "{:.1f}"),
+              ("seconds_training", "training time in s", 1, "{:,.0f}"),
+              ("parameters", "parameters in thousands", 1e-3, "{:,.0f}"),
+              ("multiply_adds", "multiply-adds for one sample, in millions", 1e-6, "{:,.1f}"),
+              ("latency_ms", "one prediction in ms", 1, "{:.2f}"),
+              ("samples_per_second", "training samples/s", 1, "{:,.0f}"))
+    with canvas(path, 8, 1.1 * len(rows) + 2.8) as figure:
+        for axes, (key, label, scale, form) in zip(figure.subplots(3, 2, sharey=True).flat, panels, strict=True):
+            values = [row[key] * scale for row in rows]
+            bars = axes.barh(names, values, color=BLUE, height=0.6)
+            if key == "test_accuracy":
+                ends = [(row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key]) for row in rows]
+                error = np.array(ends).T.clip(0) * scale
+                axes.errorbar(values, names, xerr=error, fmt="none", color="black", capsize=4)
+            axes.bar_label(bars, [form.format(value) for value in values], padding=10, fontsize=9)
+            axes.set(title=label, xlim=(0, max(values) * 1.3), xticks=[])
+            axes.grid(visible=False)
+        figure.axes[0].invert_yaxis()
+        figure.suptitle(textwrap.fill(title, 84))
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -2623,88 +2709,17 @@ def html_figure(picture: Path, finding: str) -> str:
             f"<figcaption>{html.escape(finding)}</figcaption></figure>")
 
 
-def plot_reliability(before: list[dict[str, float]], after: list[dict[str, float]], path: Path, title: str) -> None:
-    """How often predictions of each confidence are right, with intervals; below, how many there are."""
-    with canvas(path, 6, 5.6) as figure:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        upper.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="confidence fits")
-        upper.plot([b["confidence"] for b in before], [b["accuracy"] for b in before], color=ORANGE, marker="s",
-                   markersize=4, linestyle="--", label="before the temperature")
-        ends = np.array([wilson(b["accuracy"] * b["samples"], int(b["samples"])) for b in after]).T
-        right = np.array([b["accuracy"] for b in after])
-        upper.errorbar([b["confidence"] for b in after], right, yerr=np.abs(ends - right), color=BLUE, marker="o",
-                       markersize=4, capsize=3, linestyle="none", label="after it, 95% interval")
-        upper.set(ylabel="share that is right", ylim=(-0.03, 1.03))
-        upper.legend(frameon=True, loc="lower right")
-        lower.bar([b["low"] for b in after], [b["samples"] for b in after], align="edge", color=BLUE,
-                  width=[b["high"] - b["low"] for b in after], edgecolor="white")
-        lower.set(xlabel="confidence of the prediction", ylabel="samples", xlim=(0, 1))
-        figure.suptitle(title)
-
-
-CURVES = {"random": ("as much elsewhere, at random", GREY, "--"),
-          "untrained": ("what an untrained network marks", ORANGE, "-."),
-          "explained": ("what the explanation marks", BLUE, "-")}
-
-
-def plot_deletion(curves: dict[str, dict[str, Tensor]], names: dict[str, str], path: Path, title: str) -> None:
-    """How the predicted class's probability falls while what an explanation marks is deleted, strongest first."""
-    with canvas(path, max(6.4, 4.4 * len(curves)), 4.2) as figure:
-        for axes, (name, found) in zip(figure.subplots(1, len(curves), squeeze=False, sharey=True)[0], curves.items(),
-                                       strict=True):
-            for against, (label, colour, style) in CURVES.items():
-                y = found[against].numpy()
-                half = 1.959964 * y.std(0) / math.sqrt(len(y))
-                axes.plot(SHARES, y.mean(0), color=colour, linestyle=style, marker="o", markersize=3, label=label)
-                axes.fill_between(SHARES, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.15, linewidth=0)
-            axes.set(title=names[name], xlabel="share deleted, strongest first", ylim=(0, 1.02), xlim=(0, 1))
-            axes.set_ylabel("probability of the predicted class" if axes.get_subplotspec().is_first_col() else "")
-        figure.axes[0].legend(frameon=True)
-        figure.suptitle(title)
-
-
-def plot_overlay(histories: dict[str, list[dict[str, float]]], path: Path, title: str) -> None:
-    """Validation loss and accuracy of several trainings in the same axes."""
-    import seaborn
-    colours = seaborn.color_palette("colorblind", len(histories))
-    with canvas(path, 8, 3.9) as figure:
-        for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            scale = 100 if name == "accuracy" else 1
-            for (label, history), colour, style in zip(histories.items(), colours, itertools.cycle(("-", "--", "-.")),
-                                                       strict=False):
-                axes.plot([row["epoch"] for row in history], [row[f"val_{name}"] * scale for row in history],
-                          color=colour, linestyle=style, marker="o", markersize=3 if len(history) < 30 else 0,
-                          label=label)
-            axes.set(title=f"validation {name}", xlabel="epoch",
-                     ylabel="accuracy in %" if scale == 100 else "cross-entropy")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                      ncols=min(4, len(histories)))
-        figure.suptitle(title)
-
-
-def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars for each run: accuracy with its interval, training time, size and speed."""
-    names = [row["label"] for row in rows]
-    panels = (("test_accuracy", "test accuracy in %, 95% interval", 100, "{:.1f}"),
-              ("seconds_training", "training time in s", 1, "{:,.0f}"),
-              ("parameters", "parameters in thousands", 1e-3, "{:,.0f}"),
-              ("multiply_adds", "multiply-adds for one sample, in millions", 1e-6, "{:,.1f}"),
-              ("latency_ms", "one prediction in ms", 1, "{:.2f}"),
-              ("samples_per_second", "training samples/s", 1, "{:,.0f}"))
-    with canvas(path, 8, 1.1 * len(rows) + 2.8) as figure:
-        for axes, (key, label, scale, form) in zip(figure.subplots(3, 2, sharey=True).flat, panels, strict=True):
-            values = [row[key] * scale for row in rows]
-            bars = axes.barh(names, values, color=BLUE, height=0.6)
-            if key == "test_accuracy":
-                ends = [(row[key] - row[f"{key}_low"], row[f"{key}_high"] - row[key]) for row in rows]
-                error = np.array(ends).T.clip(0) * scale
-                axes.errorbar(values, names, xerr=error, fmt="none", color="black", capsize=4)
-            axes.bar_label(bars, [form.format(value) for value in values], padding=10, fontsize=9)
-            axes.set(title=label, xlim=(0, max(values) * 1.3), xticks=[])
-            axes.grid(visible=False)
-        figure.axes[0].invert_yaxis()
-        figure.suptitle(textwrap.fill(title, 84))
+def write_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
+                       title: str) -> None:
+    """The same as a page: all that the model read, to select and search, with each word's weight under the pointer."""
+    parts = []
+    for verdict, words in zip(verdicts, maps, strict=True):
+        marked = [f'<mark style="--tint:{" ".join(map(str, TINTS[dark > 0]))};--dark:{abs(dark):.2f}" '
+                  f'title="weight {weight:.1%}">{html.escape(word)}</mark>'
+                  if dark else html.escape(word) for (word, dark), (_, weight) in zip(shade(words), words, strict=True)]
+        tone = "right" if verdict.true == verdict.predicted else "wrong"
+        parts.append(f'<h2 class="{tone}">{html.escape(verdict.line)}</h2>\n<p>{" ".join(marked)}</p>')
+    write_page(path, title, "\n".join(parts), "text")
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -2847,8 +2862,8 @@ KINDS = {
                   IMAGE_MODELS, explain_images, dress_images, plot_image_samples, plot_image_maps, pixel_yardstick,
                   aside=picture_seconds),
     "text": Kind('"a wonderful film, though a little long"', 50, 300, (12, 4, 2), pack_texts, learn_texts, Texts,
-                 open_texts, TEXT_MODELS, explain_texts, dress_texts, plot_text_samples, plot_text_weights, phrase_yardstick,
-                 start_texts, text_seconds, write_text_weights, hint_texts)}
+                 open_texts, TEXT_MODELS, explain_texts, dress_texts, plot_text_samples, plot_text_weights,
+                 phrase_yardstick, start_texts, text_seconds, write_text_weights, hint_texts)}
 
 
 @dataclass(frozen=True)
@@ -3299,7 +3314,10 @@ def write_figures(folder: Path, model: nn.Module, found: Findings) -> None:
                           f"{data.name}\ntest samples beside the training samples that they nearly repeat")
 
 
-# -- what the numbers say: each sentence is computed, and left out where it would be untrue ---------------------------
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 12  Report                                                                                                       ║
+# ║     What the numbers say: each sentence is computed, and left out where it would be untrue.                      ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 
 def points(share: float) -> str:
@@ -3352,8 +3370,11 @@ def say_curves(history: list[dict[str, float]], best: int) -> str:
             "weights were kept.")
     if best < len(history):
         text += f" In the last epoch it was {last['val_accuracy']:.1%}."
-    if last["val_loss"] > 1.1 * min(r["val_loss"] for r in history):
-        text += " The validation loss had been lower before: towards the end the network grew too sure of itself."
+    lowest = min(history, key=lambda r: r["val_loss"])
+    if last["val_loss"] > 1.1 * lowest["val_loss"]:
+        text += f" The validation loss was lowest in epoch {int(lowest['epoch'])}" + (
+            "; after that the network grew too sure of its mistakes, without making more of them."
+            if last["val_accuracy"] >= lowest["val_accuracy"] else ".")
     return text
 
 
@@ -3540,7 +3561,7 @@ def report_reasons(folder: Path, found: Findings) -> str:
             if trusted(m, name) else "For this network it failed the test below: do not rely on it.")
         figures.append(html_figure(folder / f"{name}.png", text))
     said = [say_explanation(m, name) for name in found.curves]
-    if "peak_on_object" in m:
+    if m.get("peaks"):
         said.append(f"The strongest mark lies on the object in {m['peak_on_object']:.1%} of {m['peaks']:,} right "
                     f"predictions ({between(m['peak_on_object_low'], m['peak_on_object_high'])}).")
     return html_section("Why it decides so", *figures, html_figure(folder / "deletion.png", " ".join(said)))
@@ -3648,15 +3669,20 @@ def say_verdicts(rows: list[dict[str, Any]], right: dict[str, np.ndarray]) -> li
     for place, i in enumerate(np.argsort(chances, kind="stable").tolist()):
         worst = max(worst, min(1.0, chances[i] * (len(pairs) - place)))
         corrected[i] = worst
-    said = []
+    said, shown_best = [], 0
     for i, (a, b) in enumerate(pairs):
         gain = measure_gain(torch.from_numpy(right[a["label"]]), torch.from_numpy(right[b["label"]]), "other")
         shown = corrected[i] < 0.05 and gain["other_gain_low"] > 0
+        shown_best += shown and a is ranked[0]
         verdict = f"{a['label']} is better than {b['label']}" if shown else (
             f"no difference shown between {a['label']} and {b['label']}")
         said.append(f"{verdict}: {points(gain['other_gain'])} points, 95% interval {points(gain['other_gain_low'])} to "
                     f"{points(gain['other_gain_high'])}, McNemar's test p = {chances[i]:.2g}"
                     + (f" ({corrected[i]:.2g} corrected for {len(pairs)} pairs)" if len(pairs) > 1 else "") + ".")
+    if len(pairs) > 1 and shown_best == len(rows) - 1:
+        said.insert(0, f"{ranked[0]['label']} is better than every other run.")
+    elif len(pairs) > 1 and len({row["test"] for row in rows}) == 1:
+        said.insert(0, "No run is shown to be better than every other.")
     if len({row["test"] for row in rows}) > 1:
         high, low = (f"{row['test_accuracy']:.1%} ({row['label']})" for row in ranked[::len(ranked) - 1])
         said.append(f"Test accuracy runs from {low} to {high}; not all were tested on the same samples, so this "
@@ -3731,7 +3757,7 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
-# ║ 12  Commands and flags                                                                                           ║
+# ║ 13  Commands and flags                                                                                           ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "output_dir")  # by --resume, without changing the past
@@ -3865,13 +3891,7 @@ def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log) -> tuple[Con
         clock.budget = config.budget
         config = make_the_most(raw, config, runtime, given, clock)
     config = dataclasses.replace(config, budget="")  # spent: repeating this run must not depend on the clock
-    parts = split_rows(raw, config)
-    if config.folds:  # the last training has no validation part
-        rows = torch.cat((parts["train"], parts["val"])).sort().values
-        if len(rows) < config.folds:
-            raise UsageError(f"--folds {config.folds}: there are only {len(rows)} training samples")
-        parts |= {"train": rows, "val": rows[:0]}
-    data = build_data(raw, config, parts)
+    data = build_data(raw, config)
     data.samples.to(runtime.device)
     if not config.dry_run and not clock.pace:
         clock.pace = measure_pace(data, config, runtime)

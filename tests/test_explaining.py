@@ -169,6 +169,8 @@ def test_areas_under_the_deletion_curves(shapes):
     found = dld.measure_explanations({"x": {"explained": falls, "random": stays, "untrained": falls}})
     assert found["x_area_explained"] == 0 and found["x_area_random"] == pytest.approx(1)
     assert found["x_over_random_low"] == pytest.approx(1) and found["x_over_untrained_high"] == 0
+    alone = dld.measure_explanations({"x": {"explained": falls[:1], "random": stays[:1], "untrained": stays[:1]}})
+    assert alone["x_over_random"] == pytest.approx(1) and alone["x_over_random_low"] <= 0, "one sample proves nothing"
 
 
 def test_deleting_goes_from_the_strongest_to_all(reviews):

@@ -119,6 +119,7 @@ def test_planted_label_flips_are_found_out_of_fold(tmp_path, monkeypatch, capsys
     page = (run / "report.html").read_text("utf-8")
     assert "Cross-validation with 3 folds, accuracy " in page and "no validation curve" in page
     assert (run / "folds.png").exists() and "validation" in (run / "log.txt").read_text("utf-8")
+    assert dld.main(["--evaluate", "--run", str(run)]) == 0, "the same numbers"
     before = dld.load_file(run / "model.pt")
     for name in ("model.pt", "checkpoint.pt", "metrics.json"):
         (run / name).unlink()
@@ -135,10 +136,11 @@ def test_planted_label_flips_are_found_out_of_fold(tmp_path, monkeypatch, capsys
 
 
 def test_folds_hold_each_training_sample_once_and_never_a_test_sample(digits):
-    data = dld.build_data(digits, small("mnist"))
+    data = dld.build_data(digits, small("mnist", folds=5))
+    assert len(data.parts["val"]) == 0 and data.parts["train"].tolist() == list(range(digits.n_train))
     folds = dld.fold_rows(data.parts, data.labels, 5, seed=0)
     held = torch.cat([parts["val"] for parts in folds])
-    assert sorted(held.tolist()) == sorted([*data.parts["train"].tolist(), *data.parts["val"].tolist()])
+    assert sorted(held.tolist()) == data.parts["train"].tolist()
     for parts in folds:
         assert not set(parts["train"].tolist()) & set(parts["val"].tolist())
         assert torch.equal(parts["test"], data.parts["test"])

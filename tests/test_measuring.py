@@ -160,17 +160,21 @@ def test_costs_are_plausible(digits):
 
 
 def test_the_gain_over_the_yardstick_has_a_paired_interval():
-    """The oracle: the deviation of the samples' differences."""
+    """The oracle: mean and deviation of the differences, with half a sample of each of the four kinds added."""
     rng = np.random.default_rng(0)
     right, simple = (torch.from_numpy(rng.random(500) < share) for share in (0.9, 0.8))
     found = dld.measure_gain(right, simple, "yardstick")
     difference = right.double().numpy() - simple.double().numpy()
-    half = 1.959964 * difference.std() / 500 ** 0.5
+    more, weight = np.append(difference, (1, -1, 0, 0)), np.append(np.ones(500), np.full(4, 0.5))
+    middle = np.average(more, weights=weight)
+    half = 1.959964 * np.sqrt(np.average((more - middle) ** 2, weights=weight) / weight.sum())
     assert found["yardstick_gain"] == pytest.approx(difference.mean())
-    assert found["yardstick_gain_low"] == pytest.approx(difference.mean() - half)
-    assert found["yardstick_gain_high"] == pytest.approx(difference.mean() + half)
+    assert found["yardstick_gain_low"] == pytest.approx(middle - half)
+    assert found["yardstick_gain_high"] == pytest.approx(middle + half)
     same = dld.measure_gain(right, right, "yardstick")
-    assert same["yardstick_gain"] == same["yardstick_gain_low"] == 0
+    assert same["yardstick_gain"] == 0 and same["yardstick_gain_low"] == -same["yardstick_gain_high"] > -0.005
+    one = dld.measure_gain(torch.tensor([True]), torch.tensor([False]), "yardstick")
+    assert one["yardstick_gain"] == 1 and one["yardstick_gain_low"] < 0, "one sample proves nothing"
 
 
 def test_facts_fingerprint_the_split(digits):

@@ -130,7 +130,7 @@ def test_sentences_hold_for_odd_runs_too(digits, tmp_path, case, n):
     better = m["test_accuracy"] - m["commonest_accuracy"]
     if n == 300:
         assert dld.learned(m) == (case in ("perfect", "good"))
-    assert dld.learned(m) is False or better > 0
+    assert dld.learned(m) is False or (better > 0 and n > 1)
     assert ("Nothing learned" in dld.say_result(m)) == (not dld.learned(m))
     gap = dld.say_gap(m)
     assert ("within the uncertainty" in gap) == (m["test_accuracy_low"] <= 1.0 <= m["test_accuracy_high"])
@@ -157,8 +157,10 @@ def test_the_sentence_about_the_curves():
 
     rising = [row(1, 0.5, 0.8), row(2, 0.3, 0.9), row(3, 0.6, 0.85)]
     said = dld.say_curves(rising, 2)
-    assert "epoch 2 of 3: 90.0%" in said and "In the last epoch it was 85.0%" in said and "too sure" in said
-    assert "too sure" not in dld.say_curves(rising[:2], 2) and "last epoch" not in dld.say_curves(rising[:2], 2)
+    assert "epoch 2 of 3: 90.0%" in said and "In the last epoch it was 85.0%" in said
+    assert "lowest in epoch 2." in said and "too sure" not in said, "it made more mistakes as well"
+    assert "too sure" in dld.say_curves([*rising[:2], row(3, 0.6, 0.9)], 2)
+    assert "lowest" not in dld.say_curves(rising[:2], 2) and "last epoch" not in dld.say_curves(rising[:2], 2)
 
 
 def test_pages_escape_what_they_show(tmp_path):
@@ -194,7 +196,7 @@ def test_equal_runs_compare_as_equal_and_unequal_ones_as_unequal(finished, tmp_p
     same = copy_run(one, tmp_path / "same")
     assert dld.main(["--compare", str(one), str(same)]) == 0
     out = capsys.readouterr().out
-    assert "no difference shown between one and same: +0.0 points, 95% interval +0.0 to +0.0" in out
+    assert "no difference shown between one and same: +0.0 points, 95% interval -0.5 to +0.5" in out
     assert "p = 1" in out and "is better than" not in out
     page = check(tmp_path / "comparison.html")
     assert "no difference shown" in page.text and len(page.images) == 2
@@ -202,6 +204,8 @@ def test_equal_runs_compare_as_equal_and_unequal_ones_as_unequal(finished, tmp_p
     assert dld.main(["--compare", str(bad), str(good), str(one), "--output-dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "good is better than bad: +" in out and "bad is better" not in out and "corrected for 3 pairs" in out
+    best = max((metrics_of(run)["test_accuracy"], run.name) for run in (good, bad, one))[1]
+    assert f"- {best} is better than every other run." in out or "- No run is shown to be better" in out
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open(encoding="utf-8")))
     assert [row["label"] for row in rows] == ["bad", "good", "one"]
     check(tmp_path / "out" / "comparison.html")
