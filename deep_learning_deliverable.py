@@ -577,7 +577,7 @@ class Images:
 
         library = torch.cat([coarse(some) for some in among.split(5000)])
         found = []
-        for some in rows.split(1000):
+        for some in rows.split(250):
             likeness, which = torch.maximum(coarse(some) @ library.T, coarse(some, mirrored=True) @ library.T).topk(
                 min(5, len(among)))
             candidate = (1 - likeness[:, 0] <= 0.7 * (1 - likeness[:, -1])) & (likeness[:, 0] > 0.7)
