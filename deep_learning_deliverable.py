@@ -2503,7 +2503,7 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
         def width(text: str) -> float:
             return float(renderer.get_text_width_height_descent(text, font, False)[0])
 
-        y = 105.0
+        y = 50.0 + 28 * len(title.splitlines())
         drawn: list[tuple[str, float, float, str, float | None]] = []  # text, x, y, colour, shade
         for verdict, words in zip(verdicts, maps, strict=True):
             drawn.append((verdict.line.replace("\n", ", "), 20, y, verdict.colour, None))
@@ -2523,7 +2523,7 @@ def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list
             box = {"facecolor": (*tint, 0.75 * abs(strength or 0)), "edgecolor": "none", "pad": 1.6}
             figure.text(x / 1200, 1 - place / (y + 10), text, color=colour, bbox=box, fontproperties=font,
                         fontweight="bold" if strength is None else "normal", va="baseline")
-        figure.text(0.5, 1 - 40 / (y + 10), title, ha="center", va="center", fontsize=11)
+        figure.text(0.5, 1 - 14 / (y + 10), title, ha="center", va="top", fontsize=11)
 
 
 def plot_reliability(before: list[dict[str, float]], after: list[dict[str, float]], path: Path, title: str) -> None:

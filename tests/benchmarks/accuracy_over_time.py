@@ -30,7 +30,7 @@ def measure(args):
             row = {key: m[key] for key in ("task", "model", "device", "torch", "seed", "width", "epochs",
                                            "val_accuracy", "test_accuracy", "seconds_training")}
             row |= {key: m[key] for key in ("max_tokens", "unlabelled", "test_accuracy_without_repeats",
-                                            "yardstick_accuracy", "yardstick_gain") if "yardstick" in m}
+                                            "yardstick_accuracy", "yardstick_gain") if m["task"] == "sentiment"}
             row |= {"budget": budget, "whole": round(m["whole"], 1), "memory_mb": round(m["peak_memory_mb"] - torch_mb)}
             print(json.dumps(row), flush=True)
             with args.results.open("a", encoding="utf-8") as file:
