@@ -567,28 +567,34 @@ class Images:
     def near(self, rows: Tensor, among: Tensor) -> list[tuple[int, int, float]]:
         """Pictures that nearly repeat one of `among`: (row, other row, correlation of their pixels).
 
-        After the best small shift or mirroring they correlate by more than 0.85, and lack less than a third of what the
-        fifth nearest picture lacks to be the same: many a sky, and many a digit 1, resembles many others.
+        After the best small shift (and mirroring, where that is harmless) they correlate by more than 0.85, and lack
+        less than a third of what the third to sixth nearest lack to be the same: many a sky, and many a digit 1,
+        resembles many others.
         """
+        mirror = bool(self.augment.get("flip"))
+
         def coarse(some: Tensor, mirrored: bool = False) -> Tensor:
             x = self.pixels[some.to(self.pixels.device)].cpu().float()  # Apple GPUs cannot pool 28 places into 8
             x = F.adaptive_avg_pool2d(x.flip(3) if mirrored else x, 8).flatten(1).to(self.pixels.device)
             return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
         library = torch.cat([coarse(some) for some in among.split(5000)])
-        found = []
+        found: list[tuple[int, int, float]] = []
         for some in rows.split(250):
-            likeness, which = torch.maximum(coarse(some) @ library.T, coarse(some, mirrored=True) @ library.T).topk(
-                min(5, len(among)))
-            candidate = (1 - likeness[:, 0] <= 0.7 * (1 - likeness[:, -1])) & (likeness[:, 0] > 0.7)
-            trios = torch.stack((some, *among[which[:, [0, -1]].cpu()].T), 1)[candidate.cpu()]
-            for trio in trios.split(250):
-                picture, nearest, fifth = (self.pixels[side.to(self.pixels.device)].float() for side in trio.T)
-                alike, usual = correlate(picture, nearest), correlate(picture, fifth)
-                for (row, other, _), value, unusual in zip(trio.tolist(), alike.tolist(),
-                                                           (1 - alike <= 0.3 * (1 - usual)).tolist(), strict=True):
-                    if value > 0.85 and unusual:
-                        found.append((row, other, value))
+            likeness = coarse(some) @ library.T
+            if mirror:
+                likeness = torch.maximum(likeness, coarse(some, mirrored=True) @ library.T)
+            value, which = likeness.topk(min(6, len(among)))
+            candidate = (value[:, 0] > 0.7) & (1 - value[:, 0] <= 0.7 * (1 - value[:, min(4, len(among) - 1)]))
+            if not candidate.any():
+                continue
+            some, others = some[candidate.cpu()], among[which[candidate].cpu()]
+            pictures = self.pixels[some.to(self.pixels.device)].float()
+            alike = torch.stack([correlate(pictures, self.pixels[other.to(self.pixels.device)].float(), mirror)
+                                 for other in others.T], 1).cpu()
+            usual = alike[:, 2:].amax(1) if len(among) > 2 else -torch.ones(len(some))
+            repeats = (alike[:, 0] > 0.85) & (1 - alike[:, 0] <= 0.3 * (1 - usual))
+            found += zip(some[repeats].tolist(), others[repeats, 0].tolist(), alike[repeats, 0].tolist(), strict=True)
         return found
 
     def empty(self, rows: Tensor) -> Tensor:
@@ -615,15 +621,15 @@ def quarters(values: Tensor) -> Tensor:
     return (4 * middle / len(values)).long().clamp(max=3)
 
 
-def correlate(a: Tensor, b: Tensor, reach: int = 2) -> Tensor:
-    """How alike pictures are, -1 to 1: pixels correlated at the best shift of up to `reach`, mirrored or not."""
+def correlate(a: Tensor, b: Tensor, mirror: bool, reach: int = 2) -> Tensor:
+    """How alike pictures are, -1 to 1: pixels correlated at the best shift of up to `reach`, perhaps mirrored."""
     def unit(x: Tensor) -> Tensor:
         x = x.flatten(1)
         return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
     height, width = a.shape[2] - 2 * reach, a.shape[3] - 2 * reach
     middle = unit(a[..., reach:reach + height, reach:reach + width])
-    moved = [unit(picture[..., y:y + height, x:x + width]) for picture in (b, b.flip(3))
+    moved = [unit(picture[..., y:y + height, x:x + width]) for picture in ((b, b.flip(3)) if mirror else (b,))
              for y in range(2 * reach + 1) for x in range(2 * reach + 1)]
     return torch.stack([(middle * other).sum(1) for other in moved]).amax(0)
 
@@ -2139,8 +2145,8 @@ def grad_cam(model: nn.Module, x: Tensor, label: Tensor, layers: list[nn.Module]
         evidence = (gradient * kept[layer]).sum(1).detach()
         speaking = evidence.relu().sum((1, 2)) > 0.05 * evidence.abs().sum((1, 2))
         fine = spread_map(evidence.relu() * speaking[:, None, None], x.shape[-1])
-        cam = cam + fine / fine.amax((1, 2), keepdim=True).clamp(min=1e-6)
-    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-6)
+        cam = cam + fine / fine.amax((1, 2), keepdim=True).clamp(min=1e-20)
+    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-20)
 
 
 def integrated_gradients(model: nn.Module, x: Tensor, label: Tensor, steps: int = 16) -> Tensor:
@@ -2186,7 +2192,7 @@ def explain_images(model: nn.Module, x: Tensor, label: Tensor) -> dict[str, Tens
     if layers := find_maps(model, x):
         return {"gradcam": grad_cam(model, x, label, layers)}
     gains = integrated_gradients(model, x, label).relu()
-    return {"saliency": gains / gains.amax((1, 2), keepdim=True).clamp(min=1e-6)}
+    return {"saliency": gains / gains.amax((1, 2), keepdim=True).clamp(min=1e-20)}
 
 
 def explain_texts(model: nn.Module, x: Tensor, label: Tensor) -> dict[str, Tensor]:
