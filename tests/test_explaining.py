@@ -53,11 +53,12 @@ def test_grad_cam_agrees_with_another_implementation(shapes, name):
         def __call__(self, logits):
             return logits[self.c] - torch.cat((logits[:self.c], logits[self.c + 1:])).logsumexp(0)
 
-    for layer in dld.find_maps(model, x):
-        mine = dld.grad_cam(model, x, label, [layer]).flatten(1)
-        with library.HiResCAM(model=model, target_layers=[layer]) as other:
-            theirs = torch.from_numpy(other(input_tensor=x, targets=[Against(c) for c in range(6)])).flatten(1)
-        for one, two in zip(mine, theirs, strict=True):
+    layers = dld.find_maps(model, x)
+    for place, (layer, mine) in enumerate(zip(layers, dld.find_evidence(model, x, label, layers), strict=True)):
+        theirs = library.GradCAM if place else library.HiResCAM
+        with theirs(model=model, target_layers=[layer]) as other:
+            maps = torch.from_numpy(other(input_tensor=x, targets=[Against(c) for c in range(6)]))
+        for one, two in zip(dld.spread_map(mine.relu(), 32).flatten(1), maps.flatten(1), strict=True):
             if one.max() > 0:
                 assert torch.corrcoef(torch.stack((one, two)))[0, 1] > 0.999
                 compared += 1
