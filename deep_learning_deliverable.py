@@ -2012,7 +2012,7 @@ def find_suspect_labels(rows: Tensor, y: Tensor, shares: Tensor) -> list[Fault]:
 
 def measure_faults(data: Data, faults: list[Fault], right: Tensor) -> dict[str, Any]:
     """Counts of each kind of fault, and the test accuracy without the samples that training had seen."""
-    def count(kind: str, *parts: str) -> int:
+    def tally(kind: str, *parts: str) -> int:
         return sum(fault.kind == kind and fault.part in parts for fault in faults)
 
     trained = {row for part in ("train", "val") for row in data.parts[part].tolist()}
@@ -2027,10 +2027,10 @@ def measure_faults(data: Data, faults: list[Fault], right: Tensor) -> dict[str, 
 
     clash = sum(fault.kind == "repeat" and int(data.labels[fault.other]) != fault.label for fault in faults)
     return {"test_repeats": len(repeats), "test_accuracy_without_repeats": without(repeats),
-            "train_repeats": count("repeat", "train", "val"),
-            "test_own_repeats": count("repeat", "test") - len(repeats), "repeats_with_other_label": clash,
+            "train_repeats": tally("repeat", "train", "val"),
+            "test_own_repeats": tally("repeat", "test") - len(repeats), "repeats_with_other_label": clash,
             "near_repeats": len(near) - len(repeats), "test_accuracy_without_near_repeats": without(near),
-            "suspect_labels": count("suspect label", "train"), "empty_samples": count("empty", *PARTS)}
+            "suspect_labels": tally("suspect label", "train"), "empty_samples": tally("empty", *PARTS)}
 
 
 def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
@@ -3227,7 +3227,6 @@ class Findings:
     data: Data
     history: list[dict[str, float]]
     logits: Tensor  # of the test part
-    rival: Tensor | None = None  # the yardstick's classes of the test part
     faults: list[Fault] = dataclasses.field(default_factory=list)
     curves: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)  # of the deletion tests
     folds: dict[str, list[dict[str, float]]] = dataclasses.field(default_factory=dict)  # the history of each
@@ -3936,8 +3935,9 @@ def cross_validate(folder: Path, raw: Raw, data: Data, config: Config, runtime: 
             continue
         fold = build_data(raw, config, parts)
         fold.samples.to(runtime.device)
-        state, _ = begin(fold, config, runtime)
-        fit(state, fold, config, runtime, lambda state: None)
+        with torch.random.fork_rng():  # the last training must not depend on which folds were done before
+            state, _ = begin(fold, config, runtime)
+            fit(state, fold, config, runtime, lambda state: None)
         logits = compute_logits(state.model, fold.samples, parts["val"], runtime)  # of the last epoch: none was chosen
         done["logits"][torch.searchsorted(rows, parts["val"])] = logits
         done["histories"][name] = state.history
