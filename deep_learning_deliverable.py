@@ -3862,7 +3862,8 @@ def examine(model: nn.Module, found: Findings, config: Config, runtime: Runtime,
         some = found.rows[found.blindly(kind.examined, seed=3)]
         found.curves = try_explanations(model, untrained, data.samples, some, kind.explain, data.meta["temperature"])
         m |= measure_explanations(found.curves)
-    m |= measure_faults(data, found.faults, found.right)
+    sought = measure_faults(data, found.faults, found.right)
+    m |= {key: value for key, value in sought.items() if config.report == "full" or "near_repeats" not in key}
     if config.report == "full" and data.masks is not None:
         some = found.rows[found.right][:500]
         marked = [kind.explain(model, x, model(x).argmax(1)) for x in map(data.samples.batch, some.split(100))]

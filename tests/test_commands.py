@@ -76,7 +76,10 @@ def test_no_network_ends_in_the_stand_in_or_in_exit_3(tmp_path):
     assert not (tmp_path / "outputs").exists()
     auto = run()
     assert auto.returncode == 0 and "WARNING" in auto.stdout and "stand-in" in auto.stdout.splitlines()[-1]
-    assert (tmp_path / "outputs" / "mnist-offline-digits" / "metrics.json").exists()
+    metrics = metrics_of(tmp_path / "outputs" / "mnist-offline-digits")
+    assert not {"near_repeats", "yardstick", "saliency_over_random"} & metrics.keys(), "what was not sought is not said"
+    page = (tmp_path / "outputs" / "mnist-offline-digits" / "report.html").read_text("utf-8")
+    assert "Near repeats" not in page and "not put to the test" in page
 
 
 def test_importing_has_no_side_effects(tmp_path):
