@@ -2299,7 +2299,7 @@ def peaks_on_object(data: Data, rows: Tensor, strength: Tensor) -> Tensor:
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ 9  Figures and pages                                                                                             ║
-# ║    Arrays and a path in, a PNG out. Knows nothing of models or data sets.                                        ║
+# ║    Arrays or texts and a path in, a PNG or a page out. Knows nothing of models or data sets.                     ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 GAP = ("…", 0.0)  # in place of words that are left out
