@@ -3353,6 +3353,11 @@ def count(n: int, one: str, many: str = "") -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
+def chance(p: float) -> str:
+    """A p-value."""
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
+
+
 def say_gain(m: dict[str, Any], name: str, rival: str) -> str:
     """Whether the network is better than something simple."""
     low, high = m[f"{name}_gain_low"], m[f"{name}_gain_high"]
@@ -3406,14 +3411,14 @@ def say_confusions(found: Findings) -> str:
             + ", ".join(pairs) + ".")
 
 
-def say_groups(name: str, groups: list[dict[str, Any]], chance: float, tried: int) -> str:
+def say_groups(name: str, groups: list[dict[str, Any]], p: float, tried: int) -> str:
     """Whether accuracy depends on what samples were grouped by."""
     if len(groups) < 2:
         return f"All test samples belong to one group by {name}."
     low, high = sorted(groups, key=lambda group: group["accuracy"])[::len(groups) - 1]
-    if chance * tried > 0.05:
-        return f"No dependence on {name} shown (chi-squared test, p = {chance:.2g})."
-    return (f"Accuracy depends on {name} (chi-squared test, p = {chance:.2g}): {low['accuracy']:.1%} "
+    if p * tried > 0.05:
+        return f"No dependence on {name} shown (chi-squared test, {chance(p)})."
+    return (f"Accuracy depends on {name} (chi-squared test, {chance(p)}): {low['accuracy']:.1%} "
             f"({low['group']}) to {high['accuracy']:.1%} ({high['group']}).")
 
 
@@ -3528,11 +3533,11 @@ def report_errors(folder: Path, found: Findings) -> str:
     slices = found.data.samples.slices(found.rows)
     parts = []
     for name, (names, group) in slices.items():
-        rows, chance = group_accuracy(found.right, group, names)
+        rows, p = group_accuracy(found.right, group, names)
         parts += [html_table(f"By {name}", ["group", "samples", "accuracy", "95% interval"],
                              [[r["group"], f"{r['samples']:,}", f"{r['accuracy']:.1%}",
                                "{:.1%} to {:.1%}".format(*r["interval"])] for r in rows]),
-                  html_text(say_groups(name, rows, chance, len(slices)))]
+                  html_text(say_groups(name, rows, p, len(slices)))]
     sure = [[f"at least {r['least']:.0%} sure", f"{r['share']:.1%}", f"{r['accuracy']:.1%}",
              "{:.1%} to {:.1%}".format(*r["interval"])] for r in coverage(found.confidence, found.right)]
     worst = [f"{found.classes[found.predicted[i]]} {found.confidence[i]:.0%} (true: {found.classes[found.y[i]]})"
@@ -3693,10 +3698,10 @@ def say_verdicts(rows: list[dict[str, Any]], right: dict[str, np.ndarray]) -> li
         shown = corrected[i] < 0.05 and gain["other_gain_low"] > 0
         shown_best += shown and a is ranked[0]
         verdict = f"{a['label']} is better than {b['label']}" if shown else (
-            f"no difference shown between {a['label']} and {b['label']}")
+            f"No difference shown between {a['label']} and {b['label']}")
         said.append(f"{verdict}: {points(gain['other_gain'])} points, 95% interval {points(gain['other_gain_low'])} to "
-                    f"{points(gain['other_gain_high'])}, McNemar's test p = {chances[i]:.2g}"
-                    + (f" ({corrected[i]:.2g} corrected for {len(pairs)} pairs)" if len(pairs) > 1 else "") + ".")
+                    f"{points(gain['other_gain_high'])}, McNemar's test {chance(chances[i])}"
+                    + (f" ({chance(corrected[i])} corrected for {len(pairs)} pairs)" if len(pairs) > 1 else "") + ".")
     if len(pairs) > 1 and shown_best == len(rows) - 1:
         said.insert(0, f"{ranked[0]['label']} is better than every other run.")
     elif len(pairs) > 1 and len({row["test"] for row in rows}) == 1:

@@ -196,10 +196,10 @@ def test_equal_runs_compare_as_equal_and_unequal_ones_as_unequal(finished, tmp_p
     same = copy_run(one, tmp_path / "same")
     assert dld.main(["--compare", str(one), str(same)]) == 0
     out = capsys.readouterr().out
-    assert "no difference shown between one and same: +0.0 points, 95% interval -0.5 to +0.5" in out
+    assert "No difference shown between one and same: +0.0 points, 95% interval -0.5 to +0.5" in out
     assert "p = 1" in out and "is better than" not in out
     page = check(tmp_path / "comparison.html")
-    assert "no difference shown" in page.text and len(page.images) == 2
+    assert "No difference shown" in page.text and len(page.images) == 2
     good, bad = (copy_run(one, tmp_path / name, right, rng) for name, right in (("good", 0.95), ("bad", 0.7)))
     assert dld.main(["--compare", str(bad), str(good), str(one), "--output-dir", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
