@@ -2686,6 +2686,13 @@ def write_page(path: Path, title: str, body: str, kind: str = "report") -> None:
     write_atomically(path, lambda part: part.write_text(page, "utf-8"))
 
 
+def write_sections(path: Path, title: str, stand_ins: Sequence[str], sections: Sequence[str]) -> None:
+    """A page of sections behind links to them; a banner says if any of the data was a stand-in."""
+    names = html.escape(", ".join(dict.fromkeys(stand_ins)))
+    banner = [f'<p class="banner">Trained on {names}: good for trying out, not for claims.</p>'] if names else []
+    write_page(path, title, "\n".join([*banner, html_contents(sections), *sections]))
+
+
 def html_section(heading: str, *blocks: str) -> str:
     """A heading that the contents list can lead to, and what stands under it; nothing without blocks."""
     return f'<section id="{re.sub("[^a-z]+", "-", heading.lower())}">\n<h2>{html.escape(heading)}</h2>\n' + "\n".join(
@@ -3240,6 +3247,7 @@ class Findings:
         self.shares = probabilities(self.logits, self.data.meta["temperature"])
         self.confidence = self.shares.gather(1, self.predicted[:, None])[:, 0]
         self.matrix = count_confusions(self.y, self.predicted, len(self.classes))
+        self.each = measure_classes(self.logits, self.y, self.shares)
         wrong = (~self.right).nonzero().flatten()
         self.mistakes = wrong[self.confidence[wrong].argsort(descending=True, stable=True)]
 
@@ -3268,10 +3276,9 @@ def write_tables(folder: Path, found: Findings) -> None:
                  found.shares.tolist(), strict=True)]
     head = ["row", "true", "predicted", "confidence", "correct", *(f"p_{name}" for name in classes)]
     write_csv(folder / "predictions.csv", head, lines)
-    each = measure_classes(found.logits, found.y, found.shares)
-    write_csv(folder / "classes.csv", ["class", *each[0]],
+    write_csv(folder / "classes.csv", ["class", *found.each[0]],
               [[name, *("" if value is None else value for value in row.values())]
-               for name, row in zip(classes, each, strict=True)])
+               for name, row in zip(classes, found.each, strict=True)])
     write_csv(folder / "faults.csv", ["fault", "part", "row", "label", "other_row", "other_class", "value"],
               [[f.kind, f.part, f.row, classes[f.label], f.other if "repeat" in f.kind else "",
                 classes[f.other] if f.kind == "suspect label" else "", f"{f.value:.4f}"] for f in found.faults])
@@ -3529,7 +3536,7 @@ def say_yardsticks(m: dict[str, Any]) -> list[str]:
 
 def report_errors(folder: Path, found: Findings) -> str:
     """Where it errs."""
-    each = measure_classes(found.logits, found.y, found.shares)
+    each = found.each
     slices = found.data.samples.slices(found.rows)
     parts = []
     for name, (names, group) in slices.items():
@@ -3633,8 +3640,6 @@ def report_repeating(folder: Path, found: Findings) -> str:
 def write_report(folder: Path, found: Findings) -> None:
     """report.html: the whole run on one page."""
     m = found.metrics
-    banner = [f'<p class="banner">Trained on {html.escape(m["dataset"])}: good for trying out, not for claims.</p>'
-              ] if m["stand_in"] else []
     folds = f"Cross-validation with {m.get('folds')} folds, accuracy {say_folds(m)}." if found.folds else ""
     sections = [report_result(found),
                 html_section("The training", html_figure(folder / "training_curves.png",
@@ -3642,7 +3647,7 @@ def write_report(folder: Path, found: Findings) -> None:
                              html_figure(folder / "folds.png", folds)),
                 report_errors(folder, found), report_confidence(folder, found), report_reasons(folder, found),
                 report_faults(folder, found), report_cost(found), report_repeating(folder, found)]
-    write_page(folder / "report.html", found.title, "\n".join([*banner, html_contents(sections), *sections]))
+    write_sections(folder / "report.html", found.title, [m["dataset"]] if m["stand_in"] else [], sections)
 
 
 def say_folds(m: dict[str, Any]) -> str:
@@ -3766,16 +3771,13 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
     write_atomically(report, lambda part: part.write_text("\n".join(lines) + "\n", "utf-8"))
     ends = [f"{row['label']}: {row['val_accuracy']:.1%} at its best epoch, {row['best_epoch']} of {row['epochs']}"
             for row in rows]
-    stand_ins = [row["dataset"] for row in rows if row["stand_in"]]
-    banner = [f'<p class="banner">Trained on {html.escape(", ".join(dict.fromkeys(stand_ins)))}: good for trying out, '
-              "not for claims.</p>"] if stand_ins else []
     sections = [html_section("Verdict", html_text(*verdicts)),
                 html_section("Accuracy and cost", html_figure(picture, " ".join(costs)),
                              html_table("In numbers", table[0], table[1:])),
                 html_section("The trainings", html_figure(curves, "Validation accuracy: " + "; ".join(ends) + ".")),
                 html_section("The runs", html_table("Folders", [], [[label, str(run)] for label, run in
                                                                     zip(labels, runs, strict=True)], "facts"))]
-    write_page(report.with_suffix(".html"), title, "\n".join([*banner, html_contents(sections), *sections]))
+    write_sections(report.with_suffix(".html"), title, [row["dataset"] for row in rows if row["stand_in"]], sections)
     return report
 
 
