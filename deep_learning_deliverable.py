@@ -3291,6 +3291,8 @@ def write_figures(folder: Path, model: nn.Module, found: Findings) -> None:
     """Every figure but the curves, all of the test part unless their title says otherwise."""
     kind, data, title, y = KINDS[found.data.meta["kind"]], found.data, found.title, found.y
     many, few, worst = kind.shown
+    for name in ("mistakes", "suspects", "near_repeats"):  # a resumed run may have none any more
+        (folder / f"{name}.png").unlink(missing_ok=True)
 
     def show(where: Tensor) -> list[Any]:
         return [data.samples.show(row) for row in found.rows[where].tolist()]

@@ -211,8 +211,12 @@ def test_resume_continues_in_the_same_folder(finished, tmp_path, capsys):
     assert "has finished its 2 epochs; give more --epochs" in capsys.readouterr().err
     assert dld.main(["--resume", str(run), "--lr", "1"]) == 2
     assert "--lr would change the past" in capsys.readouterr().err
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    dld.write_json(run / "config.json", {**config, "report": "minimal"})  # which seeks no near repeats
+    (run / "near_repeats.png").write_bytes(b"of an earlier report")
     assert dld.main(["--resume", str(run), "--epochs", "3"]) == 0
     metrics = metrics_of(run)
+    assert not (run / "near_repeats.png").exists(), "nothing of an earlier report is left"
     assert metrics["epochs"] == 3 and metrics["status"] == "finished"
     assert metrics["seconds_total"] > metrics["seconds_training"] + metrics["seconds_setup"] - 0.1
     assert len((run / "history.csv").read_text("utf-8").splitlines()) == 4
