@@ -59,6 +59,9 @@ import os
 import pickle
 import platform
 import re
+import shutil
+import signal
+import socket
 import sys
 import tarfile
 import tempfile
@@ -79,6 +82,7 @@ STARTED = time.perf_counter()
 try:  # torchvision, scikit-learn, matplotlib and seaborn load where they are used: --help must not wait for them
     import numpy as np
     import torch
+    import torch.distributed as dist
     import torch.nn as nn
     import torch.nn.functional as F
     from torch import Tensor
@@ -96,7 +100,7 @@ IMPORTING = time.perf_counter() - STARTED  # seconds; they belong to what a run 
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 VERSION = "0.1"
-FORMAT = 4  # of model.pt and checkpoint.pt; raised when an older program could no longer read them
+MODEL_FORMAT, STATE_FORMAT = 4, 5  # of model.pt and checkpoint.pt; raised when older programs could not read them
 PAD, UNKNOWN = 0, 1  # the two token numbers that are no word
 EMBEDDING, PAIRING = 100, 16  # numbers that stand for a word, and for the pair that it makes with the word before
 PARTS = ("train", "val", "test")
@@ -115,6 +119,10 @@ class UsageError(Failure):
     code = 2
 
 
+class LostOthers(Failure):
+    """A process that this one trains together with has ended."""
+
+
 class DataError(Failure):
     """The data is there but broken."""
 
@@ -131,11 +139,18 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary neighbour and rename it: nobody ever sees half a file."""
+def write_atomically(path: Path, write: Callable[[Path], Any], older: Path | None = None) -> None:
+    """Let `write` fill a temporary neighbour, which takes the name once it is on the disk: nobody sees half a file.
+
+    What had the name until then may be kept under that of `older`.
+    """
     scratch = path.with_name(f".{path.name}.part")
     try:
         write(scratch)
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        if older and path.exists():
+            os.replace(path, older)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -159,16 +174,68 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def try_lock(file: typing.IO[Any]) -> bool:
+    """Take the lock of an open file; the system gives it back when this process ends, however it ends."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            file.seek(1 << 30)  # behind everything: Windows keeps others from reading what is locked
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks: nothing to be done
+    return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: Callable[[str], Any]) -> Iterator[None]:
+    """Hold the lock of this file, with a line about who holds it inside; without an error it is removed afterwards.
+
+    While another process has it, `busy` is told which, once, and unless that raises, the end is waited for.
+    """
+    told = False
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            if not try_lock(file):
+                if not told:
+                    file.seek(0)
+                    told = True
+                    busy(file.readline().strip() or "another process")
+                time.sleep(0.2)
+            elif path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else it was just removed
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n{launch()}\n")
+                file.flush()
+                yield
+                if sys.platform != "win32":  # there an open file cannot be removed
+                    path.unlink()
+                return
+
+
+def launch() -> str:
+    """Names the torchrun that started this process; the same after it has restarted its processes. Else empty."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{run} {os.getppid()} {socket.gethostname()}" if run else ""
+
+
 class Log:
     """What the user reads: on the screen at once, and in log.txt once there is a run folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.lines: list[str] = []
         self.path: Path | None = None
+        self.quiet = quiet  # one of several processes that all would say the same
 
     def __call__(self, text: str = "") -> None:
-        tqdm.write(text, file=sys.stdout)  # steps around a progress bar
-        sys.stdout.flush()
+        if self.quiet:
+            return
+        with contextlib.suppress(OSError):  # a terminal that is gone must not end a training
+            tqdm.write(text, file=sys.stdout)  # steps around a progress bar
+            sys.stdout.flush()
         self.lines.append(text)
         self.attach(self.path)
 
@@ -176,9 +243,9 @@ class Log:
         """From now on (and for all said so far) also write to this file."""
         self.path = path
         if path and self.lines:
-            with path.open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:  # a full disk: later, perhaps
                 file.write("\n".join(self.lines) + "\n")
-            self.lines.clear()
+                self.lines.clear()
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -197,11 +264,11 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def read_time(text: str) -> float:
+def read_time(text: str, flag: str = "--budget") -> float:
     """90s, 5m or 1h in seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(s|m|min|h)", text)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d+)?) *(s|m|min|h)", text, re.ASCII)
     if not found or not float(found[1]):
-        raise UsageError(f"--budget {text}: give a time with its unit, as 90s, 5m or 1h")
+        raise UsageError(f"{flag} {text}: give a time with its unit, as 90s, 5m or 1h")
     return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]
 
 
@@ -255,6 +322,7 @@ class Config:
                              choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = setting("machine", False, "torch.compile the model: a slow start, then faster on a GPU")
     output_dir: str = setting("machine", "outputs", "where run folders are made")
+    checkpoint_every: str = setting("machine", "60s", "how often everything is saved inside an epoch, for --resume")
     report: str = setting("machine", "full", "full, or minimal: without yardsticks, faults of the data, tests of "
                                              "explanations", choices=("full", "minimal"))
     dry_run: bool = setting("machine", False, "every stage and artefact on a handful of samples, in seconds")
@@ -277,6 +345,7 @@ class Config:
 
         if self.budget:
             read_time(self.budget)
+        read_time(self.checkpoint_every, "--checkpoint-every")
         if self.folds == 1:
             raise UsageError("--folds 1: cross-validation needs at least 2 folds (0: none)")
         for flag, meant in (("--budget", self.budget), ("--patience", self.patience),
@@ -301,7 +370,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ 3  Runtime                                                                                                       ║
-# ║    Which device, which precision, which seed. Knows nothing of tasks.                                            ║
+# ║    Which device, precision and seed; the processes that work together; how to stop. Knows nothing of tasks.      ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 
@@ -314,11 +383,104 @@ def cpu_name() -> str:
 
 
 @dataclass(frozen=True)
+class World:
+    """The processes that torchrun started together, and this one's place among them. Usually it is alone."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0  # place among those of this machine
+
+    @property
+    def leader(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    def share(self, value: Any) -> Any:
+        """The leader's value, in every process."""
+        box = [value if self.leader else None]
+        if self.size > 1:
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in every process."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of every process's x."""
+        if self.size > 1:
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def any(self, *asked: bool) -> list[bool]:
+        """For each question: whether any process says yes. All answers reach all processes at the same step."""
+        if self.size == 1:
+            return list(asked)
+        votes = torch.tensor(asked, dtype=torch.uint8)  # on the CPU: a GPU need not be waited for
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def part(self, n: int) -> slice:
+        """This process's part of n samples."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+
+def join_world() -> World:
+    """Meet the processes that torchrun started with this one."""
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice, which leaves cores idle
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+    return World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+class Brake:
+    """Ctrl-C and SIGTERM: a training ends after its step, all else at once, and on a second Ctrl-C the training too."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.waits = False  # while something looks at `asked`
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Brake:
+        with contextlib.suppress(ValueError):  # only the main thread may; elsewhere Python's own ways must do
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.pull)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def pull(self, number: int, frame: Any) -> None:
+        """What happens on a signal."""
+        if not self.waits:
+            raise KeyboardInterrupt
+        if not self.asked and not launch():  # torchrun passes on what its processes have got already
+            os.write(2, b"\nStopping after this step; once more Ctrl-C leaves at once.\n")
+            for each in self.before:
+                signal.signal(each, signal.default_int_handler if "ipykernel" in sys.modules else signal.SIG_DFL)
+        self.asked = True
+
+
+@dataclass(frozen=True)
 class Runtime:
     """Where and how to compute."""
 
     device: torch.device
     precision: str
+    world: World = World()
+
+    def alone(self) -> Runtime:
+        """The same, for what the leader does without the others."""
+        return dataclasses.replace(self, world=World())
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Mixed precision, or nothing at all."""
@@ -329,9 +491,9 @@ class Runtime:
 
     def describe(self) -> str:
         """One line for people."""
-        if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
-        return f"{self.device.type} ({cpu_name()}, {torch.get_num_threads()} threads), {self.precision}"
+        where = (torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else
+                 f"{self.device.type} ({cpu_name()}, {torch.get_num_threads()} threads)")
+        return f"{where}, {self.precision}" + (f", {self.world.size} processes" if self.world.size > 1 else "")
 
 
 def versions() -> dict[str, str]:
@@ -361,7 +523,7 @@ def keep_memory() -> None:
             ctypes.CDLL(None).mallopt(option, 1 << 30)
 
 
-def start_runtime(config: Config) -> Runtime:
+def start_runtime(config: Config, world: World = World()) -> Runtime:
     """Pick device and precision, seed the global generators."""
     has_mps = torch.backends.mps.is_available()
     name = config.device
@@ -371,9 +533,15 @@ def start_runtime(config: Config) -> Runtime:
         raise UsageError("--device cuda: this PyTorch sees no CUDA device; use --device auto or cpu")
     if name == "mps" and not has_mps:
         raise UsageError("--device mps: no Apple GPU is available here; use --device auto or cpu")
+    if name == "mps" and world.size > 1:
+        raise UsageError("--device mps: an Apple GPU serves one process; leave torchrun out, or use --device cpu")
     if name == "mps" and config.precision in ("bf16", "fp16"):
         raise UsageError(f"--precision {config.precision}: Apple GPUs compute in fp32; use that or --device cpu")
     if name == "cuda":
+        if world.local >= torch.cuda.device_count():
+            raise UsageError(f"--device cuda: {world.local + 1} processes, but {torch.cuda.device_count()} GPUs here; "
+                             "give torchrun a smaller --nproc-per-node")
+        torch.cuda.set_device(world.local)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
         torch.cuda.reset_peak_memory_stats()
@@ -381,12 +549,12 @@ def start_runtime(config: Config) -> Runtime:
         keep_memory()
     torch.manual_seed(config.seed)
     precision = pick_precision(name) if config.precision == "auto" else config.precision
-    return Runtime(torch.device(name), precision)
+    return Runtime(torch.device(f"cuda:{world.local}" if name == "cuda" else name), precision, world)
 
 
-def progress_bar(total: int, unit: str, done: int = 0, scaled: bool = False) -> tqdm[Any]:
+def progress_bar(total: int, unit: str, done: int = 0, scaled: bool = False, hidden: bool = False) -> tqdm[Any]:
     """One bar at a time, gone when done; silent where output is a file, so that logs keep only what is said."""
-    shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+    shown = not hidden and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     return tqdm(total=total, initial=done, unit=unit, unit_scale=scaled, leave=False, disable=not shown,
                 dynamic_ncols=True, mininterval=0.2, file=sys.stderr)
 
@@ -500,10 +668,14 @@ def fast_layout(device: torch.device) -> torch.memory_format:
 
 
 def vary(x: Tensor, noise: torch.Generator, mirrored: Tensor, shift: float = 0, rotate: float = 0, scale: float = 0,
-         shear: float = 0, elastic: float = 0) -> Tensor:
-    """Move (pixels), rotate (degrees), stretch, shear and ripple (pixels) pictures at random, in one interpolation."""
-    n, _, height, width = x.shape
-    draw = torch.rand(7, n, 1, 1, generator=noise, device=x.device) * 2 - 1  # uniform in [-1, 1]
+         shear: float = 0, elastic: float = 0, part: slice = slice(None), whole: int = 0) -> Tensor:
+    """Move (pixels), rotate (degrees), stretch, shear and ripple (pixels) pictures at random, in one interpolation.
+
+    Where x is a part of a whole batch, chance is drawn for all of it: several processes vary as one would.
+    """
+    _, _, height, width = x.shape
+    n = whole or len(x)
+    draw = torch.rand(7, n, 1, 1, generator=noise, device=x.device)[:, part] * 2 - 1  # uniform in [-1, 1]
     if not (rotate or scale or shear or elastic):
         draw[:2] = (draw[:2] * (shift + 0.5)).round() / max(shift, 1)  # whole pixels blur nothing
     cos, sin = (draw[2] * math.radians(rotate)).cos(), (draw[2] * math.radians(rotate)).sin()
@@ -515,7 +687,7 @@ def vary(x: Tensor, noise: torch.Generator, mirrored: Tensor, shift: float = 0, 
     grid = torch.stack((cos * across - sin * down + draw[0] * (2 * shift / width),
                         sin * across + cos * down + draw[1] * (2 * shift / height)), -1)  # [n, H, W, 2]
     if elastic:  # a random vector at each of 7x7 places, smoothly in between
-        coarse = torch.randn(n, 2, 7, 7, generator=noise, device=x.device) * (2 * elastic / width)
+        coarse = torch.randn(n, 2, 7, 7, generator=noise, device=x.device)[part] * (2 * elastic / width)
         grid += F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
@@ -541,16 +713,17 @@ class Images:
         positions = torch.arange(len(rows)) if order is None else torch.randperm(len(rows), generator=order)
         return list(positions.tensor_split(math.ceil(len(rows) / size)))  # even sizes: never a last batch of one
 
-    def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0) -> Tensor:
-        """Normalised pictures [B, C, H, W]; with a generator they are varied."""
-        rows = rows.to(self.pixels.device)
-        x = self.pixels[rows].float().sub_(self.mean).div_(self.deviation)
+    def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0,
+              part: slice = slice(None)) -> Tensor:
+        """Normalised pictures [B, C, H, W] of a part of these rows; with a generator they are varied."""
+        whole, rows = len(rows), rows[part].to(self.pixels.device)
+        x = self.pixels[rows].to(self.mean.device).float().sub_(self.mean).div_(self.deviation)
         if noise is not None and self.augment:
             varied = dict(self.augment)
             # Half of the pictures are mirrored in even epochs and half in odd ones: two epochs show each both ways:
             # 0.1 points better than mirroring at random, which is within the spread of seeds.
-            mirrored = (rows * 2654435761 // 65536 + epoch) % 2 * varied.pop("flip", 0)
-            x = vary(x, noise, mirrored, **varied)
+            mirrored = (rows.to(x.device) * 2654435761 // 65536 + epoch) % 2 * varied.pop("flip", 0)
+            x = vary(x, noise, mirrored, **varied, part=part, whole=whole)
         return x.contiguous(memory_format=fast_layout(x.device))
 
     def views(self, x: Tensor) -> list[Tensor]:
@@ -790,9 +963,10 @@ class Texts:
         skipped = (place >= self.head) * (self.length - self.kept)[rows].unsqueeze(1)
         return (self.start[rows].unsqueeze(1) + place + skipped).clamp(max=len(self.flat) - 1), place < kept
 
-    def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0) -> Tensor:
-        """Token numbers [B, T], PAD behind each text."""
-        where, real = (t.to(self.flat.device) for t in self.where(rows))
+    def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0,
+              part: slice = slice(None)) -> Tensor:
+        """Token numbers [B, T] of a part of these rows, PAD behind each text."""
+        where, real = (t.to(self.flat.device) for t in self.where(rows[part]))
         return self.flat[where].masked_fill(~real, PAD)
 
     def words(self, row: int) -> list[str]:
@@ -1517,6 +1691,61 @@ def watching(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
             handle.remove()
 
 
+class Together(torch.autograd.Function):
+    """Batch norm by the mean and deviation of the batch of all processes, as one process with all of it would do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
+        axes = [0, *range(2, x.ndim)]
+        var, mean = torch.var_mean(x.float(), axes, correction=0)
+        n = torch.full((1,), x.numel() // x.shape[1], device=x.device)
+        sums = torch.cat([n, n * mean, n * (var + mean.double().square())]).double()
+        dist.all_reduce(sums)
+        n, (mean, square) = sums[0], (sums[1:] / sums[0]).view(2, -1)
+        var = (square - mean.square()).float()
+        mean = mean.float()
+        if norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None:
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(var * float(n / (n - 1)), norm.momentum)
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.n, ctx.eps = float(n), norm.eps
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, mean, var = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])  # as if these were constants
+        sums = torch.cat((dweight, dbias)).double()
+        dist.all_reduce(sums)
+        tilt, lift = sums.float().view(2, -1) / ctx.n
+        scale = weight * (var + ctx.eps).rsqrt()
+        slope = -scale * tilt * (var + ctx.eps).rsqrt()
+        offset = -scale * lift - slope * mean
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return dx.addcmul_(x, slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype)), dweight, dbias, None
+
+
+class SharedNorm(nn.modules.batchnorm._BatchNorm):
+    """What batch norm becomes on CPUs that train together, where torch.nn.SyncBatchNorm does not work."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        """Any shape that batch norm can have."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, ...] -> the same
+        return Together.apply(x, self.weight, self.bias, self) if self.training else super().forward(x)
+
+
+def share_norms(model: nn.Module, device: torch.device) -> nn.Module:
+    """Let batch norm see the batch of all processes, so that their number changes nothing."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = SharedNorm
+    return model
+
+
 IMAGE_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"fast": FastNet, "classic": classic_cnn, "mlp": mlp}
 TEXT_MODELS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {"lstm": lstm, "transformer": transformer}
 
@@ -1542,17 +1771,41 @@ def check_model(name: str, own: dict[str, Any], with_torchvision: bool) -> None:
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """A model.pt or checkpoint.pt, never executing code, or one clear line."""
+class Stopped(KeyboardInterrupt):
+    """Somebody asked the training to end, and it has been saved."""
+
+
+class Exploded(Failure):
+    """The loss is no number any more."""
+
+
+def load_file(path: Path, version: int = MODEL_FORMAT) -> dict[str, Any]:
+    """A model.pt, checkpoint.pt or folds.pt, never executing code; or one clear line."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # PyTorch itself does not look at the checksums that it writes
+                raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
         values = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as problem:
         raise UsageError(f"{path} is not there; is {path.parent} a run folder?") from problem
-    except Exception as problem:  # torch raises many kinds for damaged or foreign files
+    except PermissionError as problem:
+        raise UsageError(f"cannot read {path}: {problem.strerror}") from problem
+    except Exception as problem:  # torch raises many kinds for damaged, foreign and hostile files
         raise UsageError(f"{path} is damaged or not made by this program") from problem
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise UsageError(f"{path} was not made by this version of the program (format {FORMAT})")
+    found = values.get("format") if isinstance(values, dict) else None
+    if isinstance(found, int) and found > version:
+        raise UsageError(f"{path} was made by a newer version of this program (format {found}; this one reads "
+                         f"{version}); use that version")
+    if found != version:
+        raise UsageError(f"{path} was not made by this version of the program (format {version})")
     return values
+
+
+def save_file(path: Path, values: dict[str, Any], older: Path | None = None) -> None:
+    """Tensors and plain Python only, so that loading never runs code."""
+    whole = io.BytesIO()  # torch.save would hide why a file cannot be written
+    torch.save(values, whole)
+    write_atomically(path, lambda part: part.write_bytes(whole.getbuffer()), older)
 
 
 @dataclass
@@ -1564,7 +1817,15 @@ class State:
     scaler: torch.amp.GradScaler
     order: torch.Generator  # which samples come when
     noise: torch.Generator  # how they are varied; lives on the device
-    epoch: int = 0
+    begun: Tensor  # the state of `order` when this epoch began
+    sums: Tensor  # in this epoch: loss, and how many were right [2], of this process's samples
+    epoch: int = 0  # how many are over
+    step: int = 0  # batches of this epoch that are over
+    seen: int = 0  # samples in them
+    pieces: int = 1  # that a batch is cut into, so that it fits into memory
+    calm: int = 0  # how often the loss exploded; the steps are smaller for it
+    budget: float = 0.0  # seconds that the run may take in all; 0: any
+    spent: float = 0.0  # seconds that it has taken, in all the processes that worked on it one after another
     seconds: float = 0.0
     seconds_data: float = 0.0
     plateau: float = 1.0
@@ -1573,35 +1834,112 @@ class State:
     best_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     best_logits: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))  # of the validation part
 
-    PLAIN = ("epoch", "seconds", "seconds_data", "plateau", "history", "best", "best_weights", "best_logits")
+    PLAIN = ("begun", "epoch", "step", "seen", "pieces", "calm", "budget", "spent", "seconds", "seconds_data",
+             "plateau", "history", "best", "best_weights", "best_logits")
     OWNED = ("model", "optimizer", "scaler")
 
-    def save(self, path: Path) -> None:
-        """One file, tensors and plain Python only, so that loading it never runs code."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in self.PLAIN}
-        values |= {name: getattr(self, name).state_dict() for name in self.OWNED}
+    def capture(self, world: World) -> dict[str, Any]:
+        """All of it; every process has to ask at the same step."""
         on_gpu = self.noise.device.type == "cuda"
-        values |= {"format": FORMAT, "order": self.order.get_state(), "noise": self.noise.get_state(),
-                   "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if on_gpu else []}
-        write_atomically(path, lambda part: torch.save(values, part))
+        chance = torch.get_rng_state(), torch.cuda.get_rng_state(self.noise.device) if on_gpu else None
+        return {"format": STATE_FORMAT, **{name: getattr(self, name) for name in self.PLAIN},
+                **{name: getattr(self, name).state_dict() for name in self.OWNED}, "noise": self.noise.get_state(),
+                "chance": world.gather(chance), "sums": world.total(self.sums).cpu()}
 
-    def load(self, path: Path) -> None:
-        """Take up where `save` left off."""
-        values = load_file(path)
+    def restore(self, values: dict[str, Any], world: World) -> None:
+        """Go on from what was captured, perhaps by another number of processes."""
         for name in self.PLAIN:
             setattr(self, name, values[name])
         for name in self.OWNED:
             getattr(self, name).load_state_dict(values[name])
-        self.order.set_state(values["order"])
-        torch.set_rng_state(values["torch"])
+        self.sums = (values["sums"] if world.leader else torch.zeros(2)).to(self.noise.device)
         with contextlib.suppress(RuntimeError):  # another kind of device: its own fresh noise must do
             self.noise.set_state(values["noise"])
-            torch.cuda.set_rng_state_all(values["cuda"][:torch.cuda.device_count()])
+        if world.rank < len(values["chance"]):
+            chance, on_gpu = values["chance"][world.rank]
+            torch.set_rng_state(chance)
+            if on_gpu is not None and self.noise.device.type == "cuda":
+                torch.cuda.set_rng_state(on_gpu, self.noise.device)
 
     @property
     def stale(self) -> int:
         """Epochs since the best one."""
         return self.epoch - int(self.best["epoch"]) if self.best else 0
+
+
+def older(path: Path) -> Path:
+    """The name of the checkpoint before this one."""
+    return path.with_name(f"{path.stem}-before{path.suffix}")
+
+
+def load_checkpoint(path: Path, say: Callable[[str], Any]) -> dict[str, Any] | None:
+    """The newest whole one of the two that a run keeps; None if it was stopped before the first."""
+    before = older(path)
+    if not path.exists():  # killed between two renamings, or before there was anything
+        return load_file(before, STATE_FORMAT) if before.exists() else None
+    try:
+        return load_file(path, STATE_FORMAT)
+    except UsageError as problem:
+        if not before.exists():
+            raise
+        values = load_file(before, STATE_FORMAT)
+        say(f"WARNING  {problem}.\n         Going on from the one before it: {values['epoch']} epochs and "
+            f"{values['step']} steps.\n")
+        return values
+
+
+class Keeper:
+    """Saves a training now and then, and ends it when asked to."""
+
+    def __init__(self, path: Path | None = None, every: float = math.inf, brake: Brake | None = None,
+                 say: Callable[[str], Any] = lambda text: None, spent: Callable[[], float] = lambda: 0.0) -> None:
+        self.path, self.every, self.brake, self.say, self.spent = path, every, brake or Brake(), say, spent
+        self.last, self.cost = time.perf_counter(), 0.0
+        self.place = (-1, -1)  # epoch and step of what is on the disk
+        self.failed = False
+
+    @property
+    def waited(self) -> float:
+        """Seconds since the state was last saved."""
+        return time.perf_counter() - self.last
+
+    def save(self, state: State, world: World) -> None:
+        """Put the state on the disk; a full disk is said once, and does not end the training."""
+        started = time.perf_counter()
+        if not self.path or self.place == (state.epoch, state.step):
+            return
+        state.spent = self.spent()
+        values = state.capture(world)
+        try:
+            if world.leader:
+                save_file(self.path, values, older(self.path))
+            self.failed = False
+        except OSError as problem:
+            if not self.failed:
+                self.say(f"WARNING  cannot save {self.path}: {problem.strerror}; going on, and trying again later")
+            self.failed = True
+        self.place, self.last = (state.epoch, state.step), time.perf_counter()
+        self.cost = self.last - started
+
+    def after_step(self, state: State, world: World, sound: Callable[[], bool]) -> None:
+        """Save if it is time to; end if asked to. A state that is not sound is neither kept nor gone on from."""
+        on_cpu = state.noise.device.type == "cpu"  # elsewhere asking means waiting for the device
+        ask, late, broken = world.any(self.brake.asked, self.path is not None and self.waited > self.every,
+                                      on_cpu and not sound())
+        if not on_cpu and (ask or late):
+            broken, = world.any(not sound())
+        if broken:
+            raise Exploded("the loss is no number any more")
+        if ask or late:
+            self.save(state, world)
+        if ask:
+            raise Stopped
+
+    def after_epoch(self, state: State, world: World) -> None:
+        """Save, unless it was done so recently that doing it again would cost more than a hundredth of the time."""
+        due, = world.any(self.place == (-1, -1) or self.waited > 100 * self.cost)
+        if due:
+            self.save(state, world)
 
 
 class Muon(torch.optim.Optimizer):
@@ -1653,8 +1991,9 @@ def new_state(model: nn.Module, config: Config, runtime: Runtime) -> State:
         groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=runtime.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-    return State(model, optimizer, scaler, torch.Generator().manual_seed(config.seed),
-                 torch.Generator(runtime.device).manual_seed(config.seed))
+    order = torch.Generator().manual_seed(config.seed)
+    return State(model, optimizer, scaler, order, torch.Generator(runtime.device).manual_seed(config.seed),
+                 order.get_state(), torch.zeros(2, device=runtime.device))
 
 
 def learning_rate(config: Config, done: float, plateau: float) -> float:
@@ -1668,104 +2007,177 @@ def learning_rate(config: Config, done: float, plateau: float) -> float:
     return config.lr * shape[config.schedule]
 
 
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether an error means that the device has too little memory."""
+    return isinstance(problem, torch.OutOfMemoryError) or "out of memory" in str(problem).lower()
+
+
 def train_epoch(state: State, forward: Callable[[Tensor], Tensor], data: Data, config: Config, runtime: Runtime,
-                bar: tqdm[Any]) -> dict[str, float]:
-    """One pass over the training rows; returns the running loss and accuracy."""
+                keeper: Keeper, bar: tqdm[Any]) -> None:
+    """One pass over the training rows, or what is left of it; each process learns from its part of every batch."""
     rows, truth = data.lesson(state.epoch, config.epochs)
-    truth = truth.to(runtime.device)
+    truth, world = truth.to(runtime.device), runtime.world
+    state.order.set_state(state.begun)
     batches = data.samples.plan(rows, config.batch_size, state.order)
     before, total = data.volume(state.epoch, config.epochs), data.volume(config.epochs, config.epochs)
-    seen, loss_sum, correct = 0, torch.zeros((), device=runtime.device), torch.zeros((), device=runtime.device)
-    rate, shown = 0.0, 0.0
+    shown, mark = 0.0, time.perf_counter()
     state.model.train()
-    for where in batches:
+    for where in batches[state.step:]:
+        part = world.part(len(where))
         started = time.perf_counter()
-        x = data.samples.batch(rows[where], state.noise, state.epoch)
-        y = truth[where.to(runtime.device)]
+        x = data.samples.batch(rows[where], state.noise, state.epoch, part)
+        y = truth[where[part].to(runtime.device)]
         state.seconds_data += time.perf_counter() - started
-        rate = learning_rate(config, (before + seen) / total, state.plateau)
+        rate = learning_rate(config, (before + state.seen) / total, state.plateau) * 0.3 ** state.calm
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        with runtime.autocast():
-            logits = forward(x)
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
+        while True:
+            state.optimizer.zero_grad(set_to_none=True)
+            try:
+                loss, correct = learn(state, forward, x, y, len(where) / world.size, config, runtime)
+                break
+            except RuntimeError as problem:
+                if not out_of_memory(problem):
+                    raise
+                if world.size > 1 or state.pieces >= len(x):
+                    raise Failure(f"out of memory with {len(x)} samples a process and step; try a smaller --batch-size "
+                                  "than " + str(config.batch_size)) from problem
+            state.pieces *= 2
+            keeper.say(f"Out of memory: from here on each batch is computed in {state.pieces} pieces and their "
+                       "gradients added up; the steps stay the same (but batch norm sees the pieces)")
         if config.clip:
             state.scaler.unscale_(state.optimizer)
             nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
         with runtime.autocast():
             state.scaler.step(state.optimizer)
         state.scaler.update()
-        seen += len(x)
-        loss_sum += loss.detach() * len(x)
-        correct += (logits.detach().argmax(1) == y.argmax(1)).sum()
-        bar.update(len(x))
+        state.step += 1
+        state.seen += len(where)
+        state.sums += torch.stack((loss, correct))
+        state.seconds += time.perf_counter() - mark
+        mark = time.perf_counter()
+        bar.update(len(where))
         if not bar.disable and time.perf_counter() - shown > 0.5:  # reading a number waits for the device: not often
             shown = time.perf_counter()
-            bar.set_postfix_str(f"loss {float(loss_sum) / seen:.3f}, accuracy {float(correct) / seen:.1%}")
-    return {"train_loss": float(loss_sum) / seen, "train_accuracy": float(correct) / seen, "learning_rate": rate}
+            means = (state.sums * (world.size / state.seen)).tolist()
+            bar.set_postfix_str(f"loss {means[0]:.3f}, accuracy {means[1]:.1%}")
+        keeper.after_step(state, world, lambda: bool(state.sums[0].isfinite()))
+
+
+def learn(state: State, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, whole: float, config: Config,
+          runtime: Runtime) -> tuple[Tensor, Tensor]:
+    """The gradients of a batch, in as many pieces as memory demands; its summed loss, and how many it got right."""
+    loss_sum, correct = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
+    for some, truth in zip(x.tensor_split(state.pieces), y.tensor_split(state.pieces), strict=True):
+        with runtime.autocast():
+            logits = forward(some)
+        loss = F.cross_entropy(logits.float(), truth, label_smoothing=config.label_smoothing)
+        state.scaler.scale(loss * (len(some) / whole)).backward()
+        loss_sum += loss.detach() * len(some)
+        correct += (logits.detach().argmax(1) == truth.argmax(1)).sum()
+    return loss_sum, correct
 
 
 @torch.no_grad()
 def compute_logits(model: nn.Module, samples: Images | Texts, rows: Tensor, runtime: Runtime) -> Tensor:
-    """Logits [len(rows), classes] in the order of `rows`, in float32 on the CPU. The only evaluation there is."""
+    """Logits [len(rows), classes] in the order of `rows`, in float32 on the CPU. The only evaluation there is.
+
+    Each process computes a part, and gets the rest from the others.
+    """
     model.eval()
+    world = runtime.world
     if not len(rows):
         return torch.empty(0)
 
     def run(x: Tensor) -> Tensor:
-        with runtime.autocast():
-            return model(x).float().cpu()
+        try:
+            with runtime.autocast():
+                return model(x).float().cpu()
+        except RuntimeError as problem:
+            if len(x) == 1 or not out_of_memory(problem):
+                raise
+        return torch.cat([run(half) for half in x.tensor_split(2)])
 
-    logits = torch.empty(0)
-    for where in samples.plan(rows, 128):
-        some = run(samples.batch(rows[where]))
-        if not len(logits):
-            logits = torch.empty(len(rows), some.shape[1])
-        logits[where] = some
+    def collect(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+        found = torch.zeros(len(rows), world.share(parts[0][1].shape[1] if parts else 0))  # the leader always has some
+        for where, some in parts:
+            found[where] = some
+        return world.total(found)
+
+    mine = slice(world.rank, None, world.size)
+    logits = collect([(where, run(samples.batch(rows[where]))) for where in samples.plan(rows, 128)[mine]])
     if isinstance(samples, Images) and samples.sure:
         first, second = logits.topk(2).values.T
-        for where in (first - second < samples.sure).nonzero().flatten().split(128):
-            views = samples.views(samples.batch(rows[where]))
-            logits[where] = torch.stack([logits[where], *map(run, views)]).mean(0)
+        unsure = (first - second < samples.sure).nonzero().flatten()
+        if len(unsure):
+            views = [(where, torch.stack([logits[where], *map(run, samples.views(samples.batch(rows[where])))]).mean(0))
+                     for where in unsure.split(128)[mine]]
+            logits[unsure] = collect(views)[unsure]
     return logits
 
 
-def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Callable[[State], int | None]) -> None:
-    """Train until the epochs are over or patience ends; the validation part alone decides what is best.
+def close_epoch(state: State, data: Data, runtime: Runtime) -> None:
+    """What the epoch has brought; the validation part alone decides whether it is the best so far."""
+    started = time.perf_counter()
+    labels = data.labels[data.parts["val"]]
+    loss, correct = (runtime.world.total(state.sums) / state.seen).tolist()
+    logits = compute_logits(state.model, data.samples, data.parts["val"], runtime)
+    row = {"train_loss": loss, "train_accuracy": correct,
+           "val_loss": float(F.cross_entropy(logits, labels)) if len(logits) else math.nan,
+           "val_accuracy": float((logits.argmax(1) == labels).double().mean()) if len(logits) else math.nan,
+           "learning_rate": state.optimizer.param_groups[0]["lr"]}
+    if not math.isfinite(loss) or (len(logits) and not math.isfinite(row["val_loss"])):
+        raise Exploded("the loss is no number any more")
+    state.begun, state.step, state.seen, state.sums = state.order.get_state(), 0, 0, torch.zeros_like(state.sums)
+    state.epoch += 1
+    state.seconds += time.perf_counter() - started
+    state.history.append({"epoch": state.epoch, "seconds": round(state.seconds, 3), **row})
+    score = (row["val_accuracy"], -row["val_loss"])
+    if not (state.best and len(logits)) or score > (state.best["val_accuracy"], -state.best["val_loss"]):
+        state.best, state.best_logits = dict(state.history[-1]), logits
+        state.best_weights = {k: v.detach().cpu().clone() for k, v in state.model.state_dict().items()}
+    elif state.stale % 2 == 0:
+        state.plateau *= 0.3
+
+
+def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Callable[[State], int | None],
+        keeper: Keeper | None = None) -> None:
+    """Train until the epochs are over or patience ends.
 
     After each epoch `on_epoch` may say how many there are to be in all: fewer than planned, when time runs out.
-    Without a validation part nothing can be chosen: the last epoch counts.
+    Without a validation part nothing can be chosen: the last epoch counts. A loss that explodes takes the training back
+    to the beginning of its epoch, from where it goes on with smaller steps; the fourth time is the last.
     """
-    forward = torch.compile(state.model) if config.compile else state.model
-    val_labels = data.labels[data.parts["val"]]
-
-    def volume(done: int) -> int:
-        return data.volume(done, config.epochs)
-
-    with progress_bar(volume(config.epochs), " samples", volume(state.epoch)) as bar:
+    keeper, world = keeper or Keeper(), runtime.world
+    forward: Any = state.model
+    if world.size > 1:
+        on_gpu = runtime.device.type == "cuda"
+        forward = nn.parallel.DistributedDataParallel(forward, [runtime.device] if on_gpu else None,
+                                                      broadcast_buffers=False)  # shared norms make them equal
+    forward = torch.compile(forward) if config.compile else forward
+    with progress_bar(data.volume(config.epochs, config.epochs), " samples", hidden=not world.leader) as bar:
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
-            started = time.perf_counter()
+            good = copy.deepcopy(state.capture(world))
             bar.set_description(f"epoch {state.epoch + 1}/{config.epochs}")
-            row = train_epoch(state, forward, data, config, runtime, bar)
-            if not math.isfinite(row["train_loss"]):
-                raise Failure(f"the loss became {row['train_loss']} in epoch {state.epoch + 1}; "
-                              f"try a smaller --lr than {config.lr:g}, or --precision fp32")
-            logits = compute_logits(state.model, data.samples, data.parts["val"], runtime)
-            row["val_loss"] = float(F.cross_entropy(logits, val_labels)) if len(logits) else math.nan
-            row["val_accuracy"] = float((logits.argmax(1) == val_labels).double().mean()) if len(logits) else math.nan
-            state.epoch += 1
-            state.seconds += time.perf_counter() - started
-            state.history.append({"epoch": state.epoch, "seconds": round(state.seconds, 3), **row})
-            score = (row["val_accuracy"], -row["val_loss"])
-            if not (state.best and len(logits)) or score > (state.best["val_accuracy"], -state.best["val_loss"]):
-                state.best, state.best_logits = dict(state.history[-1]), logits
-                state.best_weights = {k: v.detach().cpu().clone() for k, v in state.model.state_dict().items()}
-            elif state.stale % 2 == 0:
-                state.plateau *= 0.3
-            config = dataclasses.replace(config, epochs=on_epoch(state) or config.epochs)
-            bar.total = volume(config.epochs)
+            bar.n = data.volume(state.epoch, config.epochs) + state.seen
+            try:
+                train_epoch(state, forward, data, config, runtime, keeper, bar)
+                close_epoch(state, data, runtime)
+            except Exploded as problem:
+                calm = state.calm + 1
+                state.restore(good, world)
+                if calm > 3:
+                    raise Exploded(f"the loss became no number in epoch {state.epoch + 1}, three times with smaller "
+                                   f"steps; try a smaller --lr than {config.lr:g}, or --precision fp32") from problem
+                state.calm = calm
+                keeper.say(f"WARNING  the loss became no number in epoch {state.epoch + 1}: going back to where the "
+                           f"epoch began, with steps {0.3 ** calm:.2g} times as large")
+                continue
+            wanted = world.share(on_epoch(state) if world.leader else None)
+            config = dataclasses.replace(config, epochs=wanted or config.epochs)
+            bar.total = data.volume(config.epochs, config.epochs)
+            keeper.after_epoch(state, world)
+    keeper.save(state, world)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -2686,11 +3098,13 @@ def write_page(path: Path, title: str, body: str, kind: str = "report") -> None:
     write_atomically(path, lambda part: part.write_text(page, "utf-8"))
 
 
-def write_sections(path: Path, title: str, stand_ins: Sequence[str], sections: Sequence[str]) -> None:
-    """A page of sections behind links to them; a banner says if any of the data was a stand-in."""
-    names = html.escape(", ".join(dict.fromkeys(stand_ins)))
-    banner = [f'<p class="banner">Trained on {names}: good for trying out, not for claims.</p>'] if names else []
-    write_page(path, title, "\n".join([*banner, html_contents(sections), *sections]))
+def write_sections(path: Path, title: str, stand_ins: Sequence[str], sections: Sequence[str], ended: str = "") -> None:
+    """A page of sections behind links to them; banners say if data was a stand-in, or the training ended early."""
+    names = ", ".join(dict.fromkeys(stand_ins))
+    warnings = [f"Trained on {names}: good for trying out, not for claims."] if names else []
+    warnings += [f"This training was {ended}: a report of what there is."] if ended else []
+    banners = [f'<p class="banner">{html.escape(warning)}</p>' for warning in warnings]
+    write_page(path, title, "\n".join([*banners, html_contents(sections), *sections]))
 
 
 def html_section(heading: str, *blocks: str) -> str:
@@ -2985,6 +3399,19 @@ def load_raw(config: Config, log: Log) -> Raw:
     return dataclasses.replace(raw, name=f"{raw.name}, dry run") if config.dry_run else raw
 
 
+def load_together(config: Config, log: Log, world: World) -> Raw:
+    """The data set in every process; the first of each machine gets it, the others find it there."""
+    raw = load_raw(config, log) if world.local == 0 else None
+    stand_in = world.share(bool(raw.slug) if raw else None)
+    if raw is None:
+        raw = load_raw(dataclasses.replace(config, data="offline" if stand_in else "real"), log)
+    mine = (raw.name, len(raw.x), hashlib.sha256(raw.y.tobytes()).hexdigest())
+    if others := [other for other in world.gather(mine) if other != mine]:
+        raise DataError(f"process {world.rank} has {raw.name} with {len(raw.x)} samples, another has other data "
+                        f"({others[0][0]}, {others[0][1]} samples); give all machines the same")
+    return raw
+
+
 def build_data(raw: Raw, config: Config, parts: dict[str, Tensor] | None = None) -> Data:
     """Split (unless the parts are given), learn from the training rows alone, and make the batches' source."""
     task = TASKS[config.task]
@@ -3054,10 +3481,11 @@ def measure_pace(data: Data, config: Config, runtime: Runtime) -> Pace:
     one_view.sure = 0.0  # a model that knows nothing yet would be unsure of everything
 
     def train(some: Tensor) -> None:
-        with progress_bar(len(some), " samples") as bar:
+        with progress_bar(len(some), " samples", hidden=not runtime.world.leader) as bar:
             bar.set_description("measuring")
             few = dataclasses.replace(data, parts={"train": some}, first=some[:0])
-            train_epoch(state, model, few, config, runtime, bar)
+            state.step = 0
+            train_epoch(state, model, few, config, runtime, Keeper(), bar)
 
     def predict(some: Tensor) -> None:
         compute_logits(model, one_view, some, runtime)
@@ -3068,7 +3496,8 @@ def measure_pace(data: Data, config: Config, runtime: Runtime) -> Pace:
         job(rows[-then:])
         return (time.perf_counter() - started) / len(rows[-then:])
 
-    return Pace(config, timed(train, config.batch_size, 3 * config.batch_size), timed(predict, 128, 512))
+    pace = Pace(config, timed(train, config.batch_size, 3 * config.batch_size), timed(predict, 128, 512))
+    return runtime.world.share(pace)
 
 
 def measure_drawing() -> float:
@@ -3087,11 +3516,12 @@ class Clock:
     started: float
     budget: str
     pace: Pace | None = None
+    before: float = 0.0  # seconds that earlier processes spent on this run
 
     @property
     def spent(self) -> float:
-        """Seconds since the run started."""
-        return time.perf_counter() - self.started
+        """Seconds since the run started, without those when nothing worked on it."""
+        return self.before + time.perf_counter() - self.started
 
     @property
     def left(self) -> float:
@@ -3126,12 +3556,12 @@ def make_the_most(raw: Raw, config: Config, runtime: Runtime, given: dict[str, A
     alike = [dataclasses.replace(rung, epochs=1, unlabelled=0.0) for rung in rungs]
     first = [alike.index(rung) for rung in alike]  # of the rungs that differ in passes alone: those share their pace
     paces: dict[int, Pace] = {}
-    figure, best = measure_drawing(), 0
+    figure, best = runtime.world.share(measure_drawing()), 0
     while first[best] not in paces and len(paces) < 3:
         data = build_data(raw, rungs[best])
         data.samples.to(runtime.device)
         paces[first[best]] = dataclasses.replace(measure_pace(data, rungs[best], runtime), figure=figure)
-        left = clock.left
+        left = runtime.world.share(clock.left)
         known = [paces[min(paces, key=lambda place: abs(place - i))] for i in first]
         if "report" not in given:  # what makes results believable may take a quarter of the budget
             most = read_time(config.budget) / 4
@@ -3151,6 +3581,35 @@ def make_the_most(raw: Raw, config: Config, runtime: Runtime, given: dict[str, A
 # ║ 11  Run folder                                                                                                   ║
 # ║     Writes what the sections above returned, and reads it back.                                                  ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+def check_room(place: Path, needed: int = 0) -> None:
+    """Refuse a folder in which nothing can be made, or not so many bytes, before anything has been computed."""
+    place = place.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free
+    except OSError as problem:
+        raise Failure(f"cannot write into {place}: {problem.strerror}; try another --output-dir") from problem
+    if free < needed:
+        raise Failure(f"{place} has {free / 1e6:,.0f} MB left, this run needs about {needed / 1e6:,.0f} MB; make room, "
+                      "or try another --output-dir")
+
+
+def make_run(path: Path, settings: dict[str, Any]) -> None:
+    """A run folder that has its config.json from the first moment, so that --resume can go on from any."""
+    scratch = path.with_name(f".{path.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        write_json(scratch / "config.json", settings)
+        if path.exists():  # elsewhere than on Windows, renaming replaces an empty folder
+            raise FileExistsError
+        scratch.rename(path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
@@ -3181,7 +3640,7 @@ def this_command() -> str:
 
 def save_model(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Weights and everything that predicting needs besides."""
-    write_atomically(path, lambda part: torch.save({"format": FORMAT, "meta": meta, "weights": weights}, part))
+    save_file(path, {"format": MODEL_FORMAT, "meta": meta, "weights": weights})
 
 
 def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
@@ -3195,8 +3654,11 @@ def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
         others = sorted(str(path.parent) for path in run.parent.glob("*/model.pt"))
         raise UsageError(f"--run {run}: no such folder" + (f"; there are {', '.join(others)}" if others else ""))
     saved = load_file(run / "model.pt")
-    model = build_model(saved["meta"])
-    model.load_state_dict(saved["weights"])
+    try:
+        model = build_model(saved["meta"])
+        model.load_state_dict(saved["weights"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError, MemoryError) as problem:
+        raise UsageError(f"{run / 'model.pt'}: its weights and what it says of them do not fit together") from problem
     return place_model(model, runtime), saved["meta"]
 
 
@@ -3649,7 +4111,8 @@ def write_report(folder: Path, found: Findings) -> None:
                              html_figure(folder / "folds.png", folds)),
                 report_errors(folder, found), report_confidence(folder, found), report_reasons(folder, found),
                 report_faults(folder, found), report_cost(found), report_repeating(folder, found)]
-    write_sections(folder / "report.html", found.title, [m["dataset"]] if m["stand_in"] else [], sections)
+    write_sections(folder / "report.html", found.title, [m["dataset"]] if m["stand_in"] else [], sections,
+                   m.get("ended", ""))
 
 
 def say_folds(m: dict[str, Any]) -> str:
@@ -3787,19 +4250,19 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
 # ║ 13  Commands and flags                                                                                           ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
-MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "output_dir")  # by --resume, without changing the past
+# By --resume, without changing the past:
+MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "output_dir", "checkpoint_every")
 
 
 def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log) -> None:
-    """What an epoch leaves behind: a checkpoint, a line, and its place in the curves."""
-    state.save(folder / "checkpoint.pt")
+    """What an epoch leaves behind for people: a line, and its place in the curves."""
     row = state.history[-1]
     unseen = len(data.parts["val"])
     log(f"epoch {state.epoch:>{len(str(config.epochs))}}/{config.epochs}   "
         f"train {row['train_loss']:.3f} {row['train_accuracy']:6.1%}   "
         + (f"validation {row['val_loss']:.3f} {row['val_accuracy']:6.1%}   " if unseen else "")
         + f"{row['seconds']:6.1f} s" + ("   best" if unseen and state.stale == 0 else ""))
-    with contextlib.suppress(PermissionError):  # Windows, while somebody looks at the file: the next epoch writes it
+    with contextlib.suppress(OSError):  # a full disk; Windows, while somebody looks at the file: the next one writes it
         write_progress(folder, state, f"{data.name} · {config.model} · still training", least_seconds=5)
 
 
@@ -3907,12 +4370,14 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
         log(f"Note          trained on {data.name}")
 
 
-def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log) -> tuple[Config, Runtime, Raw, Data, Clock]:
+def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log,
+            world: World) -> tuple[Config, Runtime, Raw, Data, Clock]:
     """From flags to data on the device, and settings of which nothing is left open."""
     clock = Clock(time.perf_counter() - IMPORTING, "")
     config = settle(saved, given)
-    runtime = start_runtime(config)
-    raw = load_raw(config, log)
+    check_room(Path(config.output_dir))
+    runtime = start_runtime(config, world)
+    raw = load_together(config, log, world)
     config = settle(saved, given, stand_in=bool(raw.slug))
     config = dataclasses.replace(config, data="offline" if raw.slug else "real", precision=runtime.precision)
     if config.budget and not config.dry_run:
@@ -3920,97 +4385,267 @@ def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log) -> tuple[Con
         config = make_the_most(raw, config, runtime, given, clock)
     config = dataclasses.replace(config, budget="")  # spent: repeating this run must not depend on the clock
     data = build_data(raw, config)
+    for note in check_parts(data, config, world):
+        log(f"Note    {note}: nothing can be said about it there")
     data.samples.to(runtime.device)
     if not config.dry_run and not clock.pace:
         clock.pace = measure_pace(data, config, runtime)
     return config, runtime, raw, data, clock
 
 
+def check_parts(data: Data, config: Config, world: World) -> list[str]:
+    """Refuse what nothing can be learnt from; says what cannot be measured."""
+    names, rows = data.meta["classes"], len(data.parts["train"])
+    lacking = {part: [name for name, n in zip(names, data.labels[data.parts[part]].bincount(
+        minlength=len(names)).tolist(), strict=True) if not n] for part in PARTS if len(data.parts[part])}
+    if lacking["train"]:
+        listed = textwrap.shorten(", ".join(lacking["train"]), 60, placeholder=" ...")
+        if config.limit:
+            raise UsageError(f"--limit {config.limit} leaves no training sample of {listed}; give more")
+        raise DataError(f"{data.name} has no training sample of {listed}; a class needs at least one")
+    least = rows // math.ceil(rows / config.batch_size)
+    if least < world.size:
+        raise UsageError(f"--batch-size {config.batch_size}: {world.size} processes need a sample each at every step")
+    if least < 2 and data.meta["kind"] == "image":
+        raise UsageError(f"--batch-size {config.batch_size}: batch norm needs at least 2 samples a step")
+    return [f"no {'validation' if part == 'val' else part} sample of " + textwrap.shorten(
+        ", ".join(some), 60, placeholder=" ...") for part, some in lacking.items() if some]
+
+
 def begin(data: Data, config: Config, runtime: Runtime) -> tuple[State, str]:
     """A fresh network before its first step, and what was done to prepare it."""
+    world = runtime.world
     torch.manual_seed(config.seed)  # so that the weights depend neither on how the data was made nor on measuring
-    state = new_state(place_model(build_model(data.meta), runtime), config, runtime)
-    return state, KINDS[data.meta["kind"]].start(state.model, data)
+    model = place_model(build_model(data.meta), runtime)
+    state = new_state(share_norms(model, runtime.device) if world.size > 1 else model, config, runtime)
+    said = KINDS[data.meta["kind"]].start(state.model, data) if world.leader else ""
+    said, data.opinions = world.share((said, data.opinions))
+    if not world.leader:
+        torch.manual_seed(config.seed + world.rank)  # what is dropped out must not be the same everywhere
+    return state, said
 
 
-def cross_validate(folder: Path, raw: Raw, data: Data, config: Config, runtime: Runtime, log: Log) -> HeldOut:
+def cross_validate(folder: Path, raw: Raw, data: Data, config: Config, runtime: Runtime, keeper: Keeper) -> HeldOut:
     """Train once for each fold on the others; keeps what is done in folds.pt, so that it is done once."""
-    rows = data.parts["train"]
+    rows, world = data.parts["train"], runtime.world
     classes = len(data.meta["classes"])
     kept = folder / "folds.pt"
-    done: dict[str, Any] = load_file(kept) if kept.exists() else {
-        "format": FORMAT, "logits": torch.zeros(len(rows), classes), "histories": {}}
+    done: dict[str, Any] = world.share(load_file(kept) if world.leader and kept.exists() else {
+        "format": MODEL_FORMAT, "logits": torch.zeros(len(rows), classes), "histories": {}})
     for number, parts in enumerate(fold_rows(data.parts, data.labels, config.folds, config.seed), 1):
         if (name := f"fold {number}") in done["histories"]:
             continue
         fold = build_data(raw, config, parts)
         fold.samples.to(runtime.device)
+        keeper.path = folder / f"fold-{number}.pt"
         with torch.random.fork_rng():  # the last training must not depend on which folds were done before
             state, _ = begin(fold, config, runtime)
-            fit(state, fold, config, runtime, lambda state: None)
+            take_up(state, keeper, world)
+            fit(state, fold, config, runtime, lambda state: None, keeper)
         logits = compute_logits(state.model, fold.samples, parts["val"], runtime)  # of the last epoch: none was chosen
         done["logits"][torch.searchsorted(rows, parts["val"])] = logits
         done["histories"][name] = state.history
-        write_atomically(kept, lambda part: torch.save(done, part))
-        log(f"{name}/{config.folds}   validation {state.history[-1]['val_loss']:.3f} "
-            f"{state.history[-1]['val_accuracy']:6.1%}   {state.seconds:6.1f} s")
-    log()
+        if world.leader:
+            save_file(kept, done)
+            for left in folder.glob(f"fold-{number}*.pt"):
+                left.unlink()
+        keeper.say(f"{name}/{config.folds}   validation {state.history[-1]['val_loss']:.3f} "
+                   f"{state.history[-1]['val_accuracy']:6.1%}   {state.seconds:6.1f} s")
+    keeper.say("")
     return HeldOut(rows, done["logits"], done["histories"])
 
 
+def take_up(state: State, keeper: Keeper, world: World) -> bool:
+    """Go on from the checkpoint, if there is one."""
+    assert keeper.path
+    values = world.share(load_checkpoint(keeper.path, keeper.say) if world.leader else None)
+    if values:
+        try:
+            state.restore(values, world)
+        except (KeyError, TypeError, ValueError, RuntimeError) as problem:
+            raise UsageError(f"{keeper.path} does not fit its config.json: was either of another run?") from problem
+    return bool(values)
+
+
+def find_unfinished(output_dir: Path, task: str) -> Path | None:
+    """The run of the same torchrun, which has restarted its processes after one had died."""
+    for lock in output_dir.glob("*/.lock") if launch() else ():
+        with contextlib.suppress(OSError):
+            mine = lock.read_text("utf-8").splitlines()[1:] == [launch()]
+            if mine and read_config(lock.with_name("config.json"))["task"] == task:
+                return lock.parent
+    return None
+
+
+def refuse(run: Path) -> Callable[[str], typing.NoReturn]:
+    """For a folder that another process writes into."""
+    def busy(holder: str) -> typing.NoReturn:
+        raise UsageError(f"{run} is being trained by {holder}; wait until that has ended, or stop it")
+    return busy
+
+
 def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, into: Path | None = None) -> Path:
-    """From flags to a finished run folder."""
-    config, runtime, raw, data, clock = prepare(given, saved or {}, log)
-    name = "-".join(filter(None, (config.task, data.slug, "dry-run" if config.dry_run else "")))
-    folder = into or fresh_path(Path(config.output_dir) / name, Path.mkdir)
-    state, said = begin(data, config, runtime)
-    if (folder / "checkpoint.pt").exists():
-        state.load(folder / "checkpoint.pt")
-    write_json(folder / "config.json", dataclasses.asdict(config))
-    log.attach(folder / "log.txt")
-    parameters = sum(p.numel() for p in state.model.parameters())
-    log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
-    log(f"Data    {data.name}: " + ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items() if len(rows)))
-    if said:
-        log(f"Start   {said}")
-    log(f"Device  {runtime.describe()}")
-    log(f"Folder  {folder.resolve()}")
-    log(f"Time    {clock.forecast(data, config, state.epoch)}\n")
-    metrics: dict[str, Any] = {
-        "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(data.slug),
-        "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
-        **versions(), **data.facts(), "status": "started",
-        "seconds_setup": round(clock.spent, 2), "seconds_budget": read_time(clock.budget) if clock.budget else 0.0}
-    before = state.seconds  # the total counts what a resumed run had trained before
-
-    def on_epoch(state: State) -> int:
-        nonlocal config
-        if (fewer := clock.affordable(data, config, state)) < config.epochs:
-            log(f"Slower than at the start: {fewer} epochs instead of {config.epochs}, to stay within --budget")
-            config = dataclasses.replace(config, epochs=fewer)
-            write_json(folder / "config.json", dataclasses.asdict(config))
-        after_epoch(folder, state, data, config, log)
-        return config.epochs
-
-    try:
-        held = cross_validate(folder, raw, data, config, runtime, log) if config.folds else None
-        fit(state, data, config, runtime, on_epoch)
-        held = held or HeldOut(data.parts["val"], state.best_logits)
-        found = finish(folder, state, data, config, runtime, held, metrics)
-        metrics["seconds_total"] = round(before + clock.spent, 2)
-        write_report(folder, found)
-        metrics["status"] = "finished"
-    except BaseException as problem:
-        metrics["status"] = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
-        raise
-    finally:
-        metrics["seconds_total"] = round(before + clock.spent, 2)
-        write_json(folder / "metrics.json", metrics)
-        if metrics["status"] != "finished" and state.epoch:
-            log(f"\nStopped after {state.epoch} of {config.epochs} epochs. Continue with:\n"
-                f"  {this_command()} --resume {quoted(folder)}")
-    conclude(folder, metrics, data, log)
+    """From flags to a finished run folder; alone, or as one of the processes that torchrun started."""
+    world = join_world()
+    known = {**(saved or {}), **given}
+    if into is None and world.leader:
+        into = find_unfinished(Path(known.get("output_dir", Config.output_dir)), known.get("task", Config.task))
+        if into:
+            given, saved = {}, read_config(into / "config.json")
+    given, saved, into = world.share((given, saved, into))
+    with contextlib.ExitStack() as held, Brake() as brake:
+        if into and world.leader:
+            held.enter_context(locked(into / ".lock", refuse(into)))
+        config, runtime, raw, data, clock = prepare(given, saved or {}, log, world)
+        state, said = begin(data, config, runtime)
+        name = "-".join(filter(None, (config.task, data.slug, "dry-run" if config.dry_run else "")))
+        weights = sum(4 * p.numel() for p in state.model.parameters())
+        if world.leader and not into:
+            check_room(Path(config.output_dir), 14 * weights + 20_000_000)  # of it 12 for three checkpoints
+            settings = dataclasses.asdict(config)
+            into = fresh_path(Path(config.output_dir) / name, lambda path: make_run(path, settings))
+            held.enter_context(locked(into / ".lock", refuse(into)))
+        folder = world.share(into)
+        keeper = Keeper(folder / "checkpoint.pt", read_time(config.checkpoint_every), brake, log, lambda: clock.spent)
+        going_on = take_up(state, keeper, world)
+        if going_on:
+            clock.before = state.spent
+            clock.budget = f"{state.budget}s" if state.budget else ""
+        state.budget = read_time(clock.budget) if clock.budget else 0.0
+        run = Run(folder, config, runtime, raw, data, clock, state, keeper, log)
+        run.start(said, going_on)
+        run.go()
     return folder
+
+
+@contextlib.contextmanager
+def noticing_others(world: World, hint: str) -> Iterator[None]:
+    """Say in one line that another process has ended, whatever the libraries between them call it."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if world.size == 1 or not re.search("gloo|nccl|connection|peer", str(problem), re.IGNORECASE):
+            raise
+        raise LostOthers(f"another of the {world.size} processes has ended. {hint}") from problem
+
+
+@dataclass
+class Run:
+    """One training from its first line to its last file."""
+
+    folder: Path
+    config: Config
+    runtime: Runtime
+    raw: Raw
+    data: Data
+    clock: Clock
+    state: State
+    keeper: Keeper
+    log: Log
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def start(self, said: str, going_on: bool) -> None:
+        """Say what begins here."""
+        config, data, runtime, state, log = self.config, self.data, self.runtime, self.state, self.log
+        parameters = sum(p.numel() for p in state.model.parameters())
+        sizes = ", ".join(f"{len(rows):,} {part}" for part, rows in data.parts.items() if len(rows))
+        self.metrics = {
+            "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(data.slug),
+            "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
+            "processes": runtime.world.size, **versions(), **data.facts(), "status": "running",
+            "seconds_setup": round(self.clock.spent - self.clock.before, 2), "seconds_budget": state.budget}
+        if runtime.world.leader:
+            write_json(self.folder / "config.json", dataclasses.asdict(config))
+            write_json(self.folder / "metrics.json", self.metrics)
+            log.attach(self.folder / "log.txt")
+        log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
+        log(f"Data    {data.name}: {sizes}")
+        if said:
+            log(f"Start   {said}")
+        log(f"Device  {runtime.describe()}")
+        log(f"Folder  {self.folder.resolve()}")
+        if going_on:
+            log(f"Resume  after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else ""))
+        log(f"Time    {self.clock.forecast(data, config, state.epoch)}\n")
+
+    def on_epoch(self, state: State) -> int:
+        """After each epoch: how many there is time for, a line, the curves."""
+        if (fewer := self.clock.affordable(self.data, self.config, state)) < self.config.epochs:
+            self.log(f"Slower than at the start: {fewer} epochs instead of {self.config.epochs}, to stay within "
+                     "--budget")
+            self.config = dataclasses.replace(self.config, epochs=fewer)
+            write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+        after_epoch(self.folder, state, self.data, self.config, self.log)
+        return self.config.epochs
+
+    def go(self) -> None:
+        """Train, examine, report; whatever ends it early, what there is stays."""
+        state, config, runtime, brake = self.state, self.config, self.runtime, self.keeper.brake
+        path, held = self.keeper.path, None
+        try:
+            brake.waits = True
+            with noticing_others(runtime.world, self.again()):
+                if config.folds:
+                    held = cross_validate(self.folder, self.raw, self.data, config, runtime, self.keeper)
+                    self.keeper.path = path
+                fit(state, self.data, config, runtime, self.on_epoch, self.keeper)
+            brake.waits = False
+            self.finish(held or HeldOut(self.data.parts["val"], state.best_logits))
+            self.metrics["status"] = "finished"
+            if path and runtime.world.leader:
+                older(path).unlink(missing_ok=True)
+        except (Stopped, Exploded) as problem:
+            brake.waits = False
+            self.metrics["status"] = "interrupted" if isinstance(problem, Stopped) else "failed"
+            self.write_metrics()
+            self.report_what_there_is()
+            raise
+        except BaseException as problem:
+            self.metrics["status"] = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
+            if isinstance(problem, OSError):
+                raise Failure(f"cannot write {problem.filename or self.folder}: {problem.strerror}; {self.again()}"
+                              ) from problem
+            raise
+        finally:
+            self.write_metrics()
+            if self.metrics["status"] != "finished":
+                self.log(f"\nStopped after {state.epoch} of {self.config.epochs} epochs"
+                         + (f" and {state.step} steps" if state.step else "") + f". {self.again()}")
+        if runtime.world.leader:
+            conclude(self.folder, self.metrics, self.data, self.log)
+
+    def again(self) -> str:
+        """How to go on with this run."""
+        return f"Continue with:\n  {this_command()} --resume {quoted(self.folder)}"
+
+    def write_metrics(self) -> None:
+        """What is known until now."""
+        if self.runtime.world.leader:
+            self.metrics["seconds_total"] = round(self.clock.spent, 2)
+            write_json(self.folder / "metrics.json", self.metrics)
+
+    def finish(self, held: HeldOut) -> None:
+        """Everything after the training, which is the leader's."""
+        if not self.runtime.world.leader:
+            return
+        found = finish(self.folder, self.state, self.data, self.config, self.runtime.alone(), held, self.metrics)
+        self.metrics["seconds_total"] = round(self.clock.spent, 2)
+        write_report(self.folder, found)
+
+    def report_what_there_is(self) -> None:
+        """The report of a training that has ended early: short, for whoever ends it may not wait long."""
+        state, epoch, step = self.state, self.state.epoch, self.state.step
+        if self.config.folds or not (state.best or state.seen):
+            return  # without a validation part nothing can be fitted to the last state
+        how = "interrupted" if self.metrics["status"] == "interrupted" else "given up"
+        self.metrics["ended"] = (f"{how} in epoch {epoch + 1} of {self.config.epochs}, after {count(step, 'step')}"
+                                 if step else f"{how} after {epoch} of {count(self.config.epochs, 'epoch')}")
+        if not state.best:
+            close_epoch(state, self.data, self.runtime)  # not saved: a part of an epoch, for the report alone
+        self.config = dataclasses.replace(self.config, report="minimal")
+        self.finish(HeldOut(self.data.parts["val"], state.best_logits))
+        self.log(f"\nReport of what there is: {(self.folder / 'report.html').resolve()}")
+        state.epoch, state.step = epoch, step
 
 
 def train_all(given: dict[str, Any], log: Log) -> None:
@@ -4026,6 +4661,8 @@ def train_all(given: dict[str, Any], log: Log) -> None:
         log("=" * 100)
         runs.append(train(one, log))
         log.attach(None)
+    if not join_world().leader:
+        return
     report = write_comparison(runs, runs[0].parent)
     log("=" * 100 + "\n" + report.read_text("utf-8"))
     log(f"Comparison    {report.with_suffix('.html').resolve()}, .png, .md and .csv beside it")
@@ -4035,21 +4672,20 @@ def train_all(given: dict[str, Any], log: Log) -> None:
 
 def resume(run: Path, given: dict[str, Any], log: Log) -> None:
     """Continue an unfinished run, or a finished one for more epochs, in its own folder."""
-    saved = read_config(run / "config.json")
+    saved = read_config(run / "config.json") if join_world().leader else {}  # other machines may not have the folder
     for key in given:
         if key not in MAY_CHANGE:
             raise UsageError(f"--resume: {flag_name(key)} would change the past; "
                              f"only {', '.join(map(flag_name, MAY_CHANGE))} may be given")
-    if not (run / "checkpoint.pt").exists() and (run / "folds.pt").exists():
-        train(given, log, saved, run)  # stopped while cross-validating
-        return
-    checkpoint = load_file(run / "checkpoint.pt")
-    done, stale = checkpoint["epoch"], checkpoint["epoch"] - checkpoint["best"]["epoch"]
-    finished = (run / "metrics.json").exists() and read_json(run / "metrics.json").get("status") == "finished"
-    if finished and given.get("epochs", saved["epochs"]) <= done:
-        raise UsageError(f"{run} has finished its {done} epochs; give more --epochs to train it further")
-    if finished and 0 < given.get("patience", saved["patience"]) <= stale:
-        raise UsageError(f"{run} ended for want of patience; give --patience 0 to train it further")
+    if saved and (run / "metrics.json").exists() and read_json(run / "metrics.json").get("status") == "finished":
+        checkpoint = load_checkpoint(run / "checkpoint.pt", log)
+        if not checkpoint:
+            raise UsageError(f"{run} has finished, and its checkpoint.pt is gone: it cannot be trained further")
+        done, stale = checkpoint["epoch"], checkpoint["epoch"] - checkpoint["best"]["epoch"]
+        if given.get("epochs", saved["epochs"]) <= done:
+            raise UsageError(f"{run} has finished its {done} epochs; give more --epochs to train it further")
+        if 0 < given.get("patience", saved["patience"]) <= stale:
+            raise UsageError(f"{run} ended for want of patience; give --patience 0 to train it further")
     train(given, log, saved, run)
 
 
@@ -4185,19 +4821,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a character shows ? instead of failing
+    rank = os.environ.get("RANK", "0")
     try:
-        run_command(arguments, Log())
+        run_command(arguments, Log(quiet=rank != "0"))
         return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if rank == "0":
+            print("interrupted", file=sys.stderr)
         return 130
     except Exception as problem:
         if "--debug" in arguments:
             raise
         known = isinstance(problem, Failure)
-        text = str(problem) if known else f"{type(problem).__name__}: {problem} (add --debug for the traceback)"
-        print(f"error: {text}", file=sys.stderr)
+        first, *_ = str(problem).splitlines() or [""]
+        text = str(problem) if known else f"{type(problem).__name__}: {first} (add --debug for the traceback)"
+        if rank == "0":
+            print(f"error: {text}", file=sys.stderr)
+        elif not isinstance(problem, UsageError | LostOthers):  # those the leader says for all
+            print(f"error in process {rank}: {text}", file=sys.stderr)
         return problem.code if isinstance(problem, Failure) else 1
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -224,28 +225,35 @@ def test_resume_continues_in_the_same_folder(finished, tmp_path, capsys):
 
 def test_resume_after_patience_ended_a_run_asks_for_more_patience(finished, tmp_path, capsys):
     run = shutil.copytree(finished["mnist"], tmp_path / "run")
-    checkpoint = dld.load_file(run / "checkpoint.pt")
+    checkpoint = dld.load_file(run / "checkpoint.pt", dld.STATE_FORMAT)
     torch.save({**checkpoint, "best": {**checkpoint["best"], "epoch": 1}}, run / "checkpoint.pt")
     assert dld.main(["--resume", str(run), "--epochs", "9", "--patience", "1"]) == 2
     assert "ended for want of patience; give --patience 0" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_can(tmp_path, capsys, monkeypatch):
-    real = dld.after_epoch
-
-    def interrupt(folder, state, *others):
-        real(folder, state, *others)
-        if state.epoch == 2:
-            raise KeyboardInterrupt
+def test_an_interrupted_run_saves_reports_and_can_go_on(tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the second epoch: the step ends, everything is saved, what there is is reported."""
+    def interrupt(self, state, *others, real=dld.Keeper.after_step):
+        if self.path and (state.epoch, state.step) == (1, 1):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self.brake.asked
+        real(self, state, *others)
 
     flags = ["--task", "mnist", "--data", "offline", "--limit", "100", "--epochs", "3", "--device", "cpu",
-             "--report", "minimal", "--output-dir", str(tmp_path)]
-    monkeypatch.setattr(dld, "after_epoch", interrupt)
-    assert dld.main(flags) == 130
+             "--batch-size", "30", "--output-dir", str(tmp_path)]
+    ours = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(dld.Keeper, "after_step", interrupt)
+        assert dld.main(flags) == 130
+    assert signal.getsignal(signal.SIGINT) is ours
     run = tmp_path / "mnist-offline-digits"
-    assert metrics_of(run)["status"] == "interrupted" and f"--resume {dld.quoted(run)}" in capsys.readouterr().out
-    monkeypatch.setattr(dld, "after_epoch", real)
+    shown, metrics = capsys.readouterr(), metrics_of(run)
+    assert f"--resume {dld.quoted(run)}" in shown.out and "Report of what there is" in shown.out
+    assert metrics["status"] == "interrupted" and metrics["ended"] == "interrupted in epoch 2 of 3, after 1 step"
+    assert metrics["best_epoch"] == 1 and metrics["test_accuracy"] > 0
+    assert "This training was interrupted in epoch 2 of 3, after 1 step" in (run / "report.html").read_text("utf-8")
     assert dld.main(["--resume", str(run)]) == 0
+    assert "after 1 epochs and 1 steps" in capsys.readouterr().out and "ended" not in metrics_of(run)
     assert dld.main(flags) == 0
     one, two = (dld.load_file(folder / "model.pt")["weights"] for folder in (run, tmp_path / (run.name + "-2")))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,4 +1,5 @@
 """The loop: seeds, schedules, resuming, and what decides the best epoch."""
+import contextlib
 import dataclasses
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from conftest import dld, small
 
 
-def fit(raw, config, before=None, on_epoch=lambda state: None):
+def fit(raw, config, before=None, on_epoch=lambda state: None, keeper=None):
     """Train without a run folder; `before` may touch the data or the state first."""
     runtime = dld.start_runtime(config)
     data = dld.build_data(raw, config)
@@ -14,13 +15,21 @@ def fit(raw, config, before=None, on_epoch=lambda state: None):
     state = dld.new_state(dld.place_model(dld.build_model(data.meta), runtime), config, runtime)
     if before:
         before(data, state)
-    dld.fit(state, data, config, runtime, on_epoch)
+    dld.fit(state, data, config, runtime, on_epoch, keeper)
     return state
 
 
 def figures(state):
     """The history without its times."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in state.history]
+
+
+def save(state, path):
+    dld.save_file(path, state.capture(dld.World()))
+
+
+def load(state, path):
+    state.restore(dld.load_file(path, dld.STATE_FORMAT), dld.World())
 
 
 def same_weights(one, two):
@@ -72,10 +81,10 @@ def test_a_run_with_texts_without_labels_resumes_to_the_same_bits(reviews, tmp_p
     config, runs = small("sentiment", limit=200, epochs=3), []
     for stop in (False, True):
         runs.append(fit(raw, config, before=lambda data, state: dld.start_texts(state.model, data),
-                        on_epoch=lambda state, stop=stop: state.save(tmp_path / "c.pt") if stop and state.epoch == 1
+                        on_epoch=lambda state, stop=stop: save(state, tmp_path / "c.pt") if stop and state.epoch == 1
                         else None))
     resumed = fit(raw, config, before=lambda data, state: (dld.start_texts(state.model, data),
-                                                           state.load(tmp_path / "c.pt")))
+                                                           load(state, tmp_path / "c.pt")))
     assert resumed.epoch == 3 and same_weights(resumed, runs[0]) and figures(resumed) == figures(runs[0])
 
 
@@ -97,17 +106,27 @@ def test_a_resumed_run_ends_with_the_same_bits(task, request, tmp_path):
     config = small(task, limit=200, epochs=4, **({} if task == "cifar10" else {"schedule": "plateau"}))
     whole = fit(raw, config)
 
-    class Stop(Exception):
-        pass
+    def keeper(stop):
+        """Saves after the step at which it is asked to end."""
+        brake = dld.Brake()
+        keeper = dld.Keeper(tmp_path / "checkpoint.pt", brake=brake)
+        after_step, left = keeper.after_step, [stop]
 
-    def stop(state):
-        state.save(tmp_path / "checkpoint.pt")
-        if state.epoch == 2:
-            raise Stop
+        def count(*given):
+            left[0] -= 1
+            brake.asked = left[0] == 0
+            after_step(*given)
+        keeper.after_step = count
+        return keeper
 
-    with pytest.raises(Stop):
-        fit(raw, config, on_epoch=stop)
-    resumed = fit(raw, config, before=lambda _, state: state.load(tmp_path / "checkpoint.pt"))
+    resumed = None
+    for stop in (3, 1, 4, 99):  # steps; an epoch has 2 to 7
+        def before(_, state):
+            if (tmp_path / "checkpoint.pt").exists():
+                load(state, tmp_path / "checkpoint.pt")
+        with contextlib.suppress(dld.Stopped):
+            resumed = fit(raw, config, before=before, keeper=keeper(stop))
+    assert resumed
     assert figures(resumed) == figures(whole) and same_weights(resumed, whole)
     assert all(torch.equal(resumed.best_weights[k], v) for k, v in whole.best_weights.items())
     names = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
@@ -178,12 +197,71 @@ def test_weight_decay_spares_biases_and_norms(digits):
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
-def test_a_loss_that_explodes_ends_with_advice(digits):
+def test_a_loss_that_explodes_goes_back_with_smaller_steps_and_at_last_gives_up(digits):
+    said = []
+    keeper = dld.Keeper(say=said.append)
+
     def poison(data, state):
         next(state.model.parameters()).data.fill_(float("nan"))
 
-    with pytest.raises(dld.Failure, match=r"became nan in epoch 1; try a smaller --lr"):
-        fit(digits, small("mnist", limit=50, epochs=2), before=poison)
+    with pytest.raises(dld.Failure, match=r"no number in epoch 1, three times with smaller steps; try a smaller --lr"):
+        fit(digits, small("mnist", limit=50, epochs=2), before=poison, keeper=keeper)
+    assert len(said) == 3 and "0.3 times" in said[0] and "0.027 times" in said[2]
+
+
+def test_a_loss_that_explodes_once_goes_on_from_the_last_good_state(digits):
+    """One poisoned step in the second epoch: the epoch is done again, with smaller steps, and ends well."""
+    class Poison(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = 3  # forward passes in training
+
+        def forward(self, x):
+            self.left -= self.training
+            return x * float("nan") if self.left == 0 and self.training else x
+
+    def before(data, state):
+        state.model.append(Poison())
+
+    said, rates = [], []
+    state = fit(digits, small("mnist", limit=100, epochs=3, batch_size=50, schedule="constant"), before=before,
+                keeper=dld.Keeper(say=said.append),
+                on_epoch=lambda state: rates.append(state.optimizer.param_groups[0]["lr"]))
+    assert len(said) == 1 and "epoch 2" in said[0] and state.epoch == 3 and state.calm == 1
+    assert rates[1] == pytest.approx(0.3 * rates[0])
+    assert all(torch.isfinite(weight).all() for weight in state.model.state_dict().values())
+
+
+def test_out_of_memory_cuts_batches_and_changes_nothing(digits):
+    """A device that holds 20 samples: batches of 50 are computed in pieces, with the same gradients."""
+    class Tight(torch.nn.Module):
+        def __init__(self, most):
+            super().__init__()
+            self.most = most
+
+        def forward(self, x):
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return x
+
+    def tight(most):
+        def before(data, state):
+            model = torch.nn.Sequential(Tight(most), torch.nn.Flatten(), torch.nn.Linear(784, 10))
+            state.model = model
+            state.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            torch.nn.init.zeros_(model[2].weight)
+            torch.nn.init.zeros_(model[2].bias)
+        return before
+
+    config, said = small("mnist", limit=200, epochs=2, batch_size=50), []
+    whole = fit(digits, config, before=tight(500))
+    pieces = fit(digits, config, before=tight(20), keeper=dld.Keeper(say=said.append))
+    assert pieces.pieces == 4 and len(said) == 2 and "in 4 pieces" in said[1]
+    for a, b in zip(whole.model.state_dict().values(), pieces.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(whole.best_logits, pieces.best_logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(dld.Failure, match="out of memory with 50 samples a process and step; try a smaller"):
+        fit(digits, config, before=tight(0))
 
 
 def test_clipping_bounds_the_step(digits):
