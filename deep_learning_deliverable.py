@@ -435,9 +435,14 @@ def join_world() -> World:
     if size == 1:
         return World()
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice, which leaves cores idle
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        store, rank, _ = next(dist.rendezvous("env://"))
+        if here == size:  # else addresses of processes that have died are found after a restart (pytorch 135712)
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice, which may leave cores idle
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     return World(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
 
 
@@ -1704,9 +1709,11 @@ class Together(torch.autograd.Function):
         n, (mean, square) = sums[0], (sums[1:] / sums[0]).view(2, -1)
         var = (square - mean.square()).float()
         mean = mean.float()
-        if norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None:
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(var * float(n / (n - 1)), norm.momentum)
+        if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked += 1
+            share = norm.momentum or 1 / float(norm.num_batches_tracked)  # without momentum: the mean of all batches
+            norm.running_mean.lerp_(mean, share)
+            norm.running_var.lerp_(var * float(n / (n - 1)), share)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.n, ctx.eps = float(n), norm.eps
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
@@ -2152,8 +2159,10 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
     forward: Any = state.model
     if world.size > 1:
         on_gpu = runtime.device.type == "cuda"
-        forward = nn.parallel.DistributedDataParallel(forward, [runtime.device] if on_gpu else None,
-                                                      broadcast_buffers=False)  # shared norms make them equal
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the option has another name since torch 2.15
+            forward = nn.parallel.DistributedDataParallel(forward, [runtime.device] if on_gpu else None,
+                                                          broadcast_buffers=False)  # shared norms make them equal
     forward = torch.compile(forward) if config.compile else forward
     with progress_bar(data.volume(config.epochs, config.epochs), " samples", hidden=not world.leader) as bar:
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):

@@ -1,0 +1,41 @@
+"""Trains each task for one epoch, alone or as one of several processes, and writes what came out: see test_processes.
+
+    torchrun --nproc-per-node 2 tests/together.py OUT
+"""
+import sys
+from pathlib import Path
+
+import torch
+from conftest import dld, small
+
+TASKS = {"cifar10": lambda: dld.make_shapes(900, 100), "mnist": dld.make_digits,
+         "sentiment": lambda: dld.make_reviews(600, 100)}
+
+
+def one_epoch(task, world, **settings):
+    """Weights, history and the samples that each process trained on."""
+    config = small(task, limit=600, epochs=1, dropout=0.0, **settings)
+    runtime = dld.start_runtime(config, world)
+    data = dld.build_data(TASKS[task](), config)
+    state, _ = dld.begin(data, config, runtime)
+    seen, batch = [], data.samples.batch
+    data.samples.batch = lambda rows, noise=None, epoch=0, part=slice(None): (
+        seen.extend(rows[part].tolist() if noise is not None else []), batch(rows, noise, epoch, part))[1]
+    dld.fit(state, data, config, runtime, lambda state: None)
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in state.history]
+    every = sorted(row for some in world.gather(seen) for row in some)
+    return {"weights": dict(state.model.state_dict()), "history": history, "seen": every,
+            "logits": state.best_logits, "train": data.parts["train"].tolist()}
+
+
+def main():
+    world = dld.join_world()
+    torch.set_num_threads(1)
+    found = {task: one_epoch(task, world) for task in TASKS}
+    if world.leader:
+        torch.save(found, Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
