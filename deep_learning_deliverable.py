@@ -308,8 +308,8 @@ class Config:
     unlabelled: float = setting("data", 1.0, "text: passes over those without labels, before the last epoch",
                                 low=0, high=100)
     budget: str = setting("training", "", "time for the whole run, as 90s, 5m or 1h: how to spend it best is found out")
-    epochs: int = setting("training", 15, "passes over the training data", low=1)
-    batch_size: int = setting("training", 128, "samples a step", low=1)
+    epochs: int = setting("training", 15, "passes over the training data", low=1, high=1_000_000)
+    batch_size: int = setting("training", 128, "samples a step", low=1, high=1_000_000_000)
     lr: float = setting("training", 2e-3, "highest learning rate", low=1e-9)
     schedule: str = setting("training", "cosine", "how the learning rate moves, after a warm-up (not linear)",
                             choices=("cosine", "onecycle", "linear", "plateau", "constant"))
@@ -325,7 +325,8 @@ class Config:
     clip: float = setting("training", 1.0, "largest gradient norm (0: do not clip)", low=0)
     patience: int = setting("training", 0, "stop after so many epochs without a better validation accuracy (0: never)",
                             low=0)
-    seed: int = setting("training", 0, "of everything random; on a CPU, the same seed gives the same bits", low=0)
+    seed: int = setting("training", 0, "of everything random; on a CPU, the same seed gives the same bits", low=0,
+                        high=2**62)
     device: str = setting("machine", "auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = setting("machine", "auto", "auto takes what this hardware is really faster with",
                              choices=("auto", "fp32", "bf16", "fp16"))
@@ -1413,13 +1414,18 @@ def read_cifar10(folder: Path, downloads: Downloads) -> Raw:
             y = np.array(batch[b"labels"], dtype=np.int64)
             if not len(y) or not set(y) <= set(range(10)):
                 raise ValueError("labels outside 0-9")
+            said = re.fullmatch(rb"(train|test)ing batch (\d) of \d", batch.get(b"batch_label", b""))
+            if said and name != (f"data_batch_{int(said[2])}" if said[1] == b"train" else "test_batch"):
+                raise ValueError(f"inside, it says that it is {said[0].decode()}: were files swapped?")
             pixels.append(batch[b"data"].reshape(len(y), 3, 32, 32))
             labels.append(y)
         except OSError as problem:
             raise DataError(f"cannot read {inside / name}: {problem.strerror}") from problem
         except Exception as problem:  # a damaged pickle can raise nearly anything
             raise DataError(f"{inside / name} is damaged ({problem}); delete {inside} and run again") from problem
-    return Raw("CIFAR-10", ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
+    official = [len(y) for y in labels] == [10_000] * 6
+    return Raw("CIFAR-10" if official else f"pictures in {inside.name}",
+               ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
                np.concatenate(pixels), np.concatenate(labels), sum(map(len, labels[:5])))
 
 
@@ -1447,7 +1453,11 @@ def read_mnist(folder: Path, downloads: Downloads) -> Raw:
     for x, y, path in ((x_train, y_train, files[0]), (x_test, y_test, files[2])):
         if x.shape != (len(y), 28, 28) or y.ndim != 1 or not len(y) or y.max() > 9:
             raise DataError(f"{path} and its labels do not fit together; delete {inside} and run again")
-    return Raw("MNIST", [str(digit) for digit in range(10)], np.concatenate((x_train, x_test))[:, None],
+    if len(y_train) < len(y_test):
+        raise DataError(f"{inside} has {len(y_train):,} training and {len(y_test):,} test samples: were files swapped?")
+    official = (len(y_train), len(y_test)) == (60_000, 10_000)
+    return Raw("MNIST" if official else "pictures in MNIST/raw", [str(digit) for digit in range(10)],
+               np.concatenate((x_train, x_test))[:, None],
                np.concatenate((y_train, y_test)).astype(np.int64), len(y_train))
 
 
@@ -2060,10 +2070,14 @@ class Keeper:
 
     def __init__(self, path: Path | None = None, every: float = math.inf, brake: Brake | None = None,
                  say: Callable[[str], Any] = lambda text: None, spent: Callable[[], float] = lambda: 0.0) -> None:
-        self.path, self.every, self.brake, self.say, self.spent = path, every, brake or Brake(), say, spent
-        self.last, self.cost = time.perf_counter(), 0.0
+        self.every, self.brake, self.say, self.spent = every, brake or Brake(), say, spent
+        self.cost, self.failed = 0.0, False
+        self.turn_to(path)
+
+    def turn_to(self, path: Path | None) -> None:
+        """From here on keep another training."""
+        self.path, self.last = path, time.perf_counter()
         self.place = (-1, -1)  # epoch and step of what is on the disk
-        self.failed = False
 
     @property
     def waited(self) -> float:
@@ -3542,7 +3556,7 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False)
         raise UsageError(f"--task {name}: choose from {', '.join(TASKS)}, all{nearest(name, [*TASKS, 'all'])}")
     task = TASKS[name]
     dry = {"epochs": 1, "limit": 64} if given.get("dry_run") else {}
-    model = {**task.defaults, **saved, **given}["model"]
+    model = str({**task.defaults, **saved, **given}["model"])
     small = task.offline_defaults if stand_in and model == task.defaults["model"] else {}
     defaults = {**RECIPES.get(model, RECIPES[""]), **task.defaults, **small}
     config = Config(**{**defaults, **saved, **dry, **given})
@@ -4606,7 +4620,7 @@ def cross_validate(folder: Path, raw: Raw, data: Data, config: Config, runtime: 
             continue
         fold = build_data(raw, config, parts)
         fold.samples.to(runtime.device)
-        keeper.path = folder / f"fold-{number}.pt"
+        keeper.turn_to(folder / f"fold-{number}.pt")
         with torch.random.fork_rng():  # the last training must not depend on which folds were done before
             state, _ = begin(fold, config, runtime)
             take_up(state, keeper, world)
@@ -4750,18 +4764,18 @@ class Run:
     def go(self) -> None:
         """Train, examine, report; whatever ends it early, what there is stays."""
         state, config, runtime, brake = self.state, self.config, self.runtime, self.keeper.brake
-        path, held = self.keeper.path, None
+        held, path = None, self.folder / "checkpoint.pt"
         try:
             brake.waits = True
             with noticing_others(runtime.world):
                 if config.folds:
                     held = cross_validate(self.folder, self.raw, self.data, config, runtime, self.keeper)
-                    self.keeper.path = path
+                    self.keeper.turn_to(path)
                 fit(state, self.data, config, runtime, self.on_epoch, self.keeper)
             brake.waits = False
             self.finish(held or HeldOut(self.data.parts["val"], state.best_logits))
             self.metrics["status"] = "finished"
-            if path and runtime.world.leader:
+            if runtime.world.leader:
                 older(path).unlink(missing_ok=True)
         except (Stopped, Exploded) as problem:
             brake.waits = False
