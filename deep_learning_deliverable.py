@@ -721,8 +721,10 @@ class Images:
         self.sure = 1.0 if meta["views"] else 0.0
 
     def to(self, device: torch.device) -> Images:
-        """Move everything to the device."""
-        self.pixels, self.mean, self.deviation = (t.to(device) for t in (self.pixels, self.mean, self.deviation))
+        """Move everything to the device, but pictures only where they leave half of its memory free."""
+        self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
+        if device.type != "cuda" or self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+            self.pixels = self.pixels.to(device)
         return self
 
     def plan(self, rows: Tensor, size: int, order: torch.Generator | None = None) -> list[Tensor]:
@@ -752,7 +754,7 @@ class Images:
     def identities(self, rows: Tensor) -> list[bytes]:
         """A fingerprint for each sample, equal for samples that are the same."""
         return [hashlib.blake2b(picture.numpy().tobytes(), digest_size=16).digest()
-                for some in rows.split(5000) for picture in self.pixels[some.to(self.pixels.device)].cpu()]
+                for some in in_parts(rows, self.pixels) for picture in self.pixels[some.to(self.pixels.device)].cpu()]
 
     def near(self, rows: Tensor, among: Tensor) -> list[tuple[int, int, float]]:
         """Pictures that nearly repeat one of `among`: (row, other row, correlation of their pixels).
@@ -768,7 +770,7 @@ class Images:
             x = F.adaptive_avg_pool2d(x.flip(3) if mirrored else x, 8).flatten(1).to(self.pixels.device)
             return F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
-        library = torch.cat([coarse(some) for some in among.split(5000)])
+        library = torch.cat([coarse(some) for some in in_parts(among, self.pixels)])
         found: list[tuple[int, int, float]] = []
         for some in rows.split(250):
             likeness = coarse(some) @ library.T
@@ -789,19 +791,24 @@ class Images:
 
     def empty(self, rows: Tensor) -> Tensor:
         """Those of these rows that hold nothing: pictures of one colour."""
-        flat = [self.pixels[some.to(self.pixels.device)].flatten(2) for some in rows.split(5000)]
+        flat = [self.pixels[some.to(self.pixels.device)].flatten(2) for some in in_parts(rows, self.pixels)]
         return rows[torch.cat([(x == x[:, :, :1]).all(2).all(1).cpu() for x in flat])]
 
     def slices(self, rows: Tensor) -> dict[str, tuple[list[str], Tensor]]:
         """Ways to divide these samples by something that may matter: names of the groups, and the group of each."""
         light = torch.cat([self.pixels[some.to(self.pixels.device)].float().mean((1, 2, 3)).cpu()
-                           for some in rows.split(5000)])
+                           for some in in_parts(rows, self.pixels)])
         names = ["darkest quarter", "second quarter", "third quarter", "brightest quarter"]
         return {"brightness": (names, quarters(light))}
 
     def show(self, row: int) -> np.ndarray:
         """One picture to look at, [H, W] or [H, W, 3]."""
         return self.pixels[row].permute(1, 2, 0).squeeze(-1).cpu().numpy()
+
+
+def in_parts(rows: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Some rows at a time: no more than 60 MB of their pixels as floats, and no more than 5,000."""
+    return rows.split(max(1, min(5000, 15_360_000 // pixels[0].numel())))
 
 
 def quarters(values: Tensor) -> Tensor:
@@ -825,14 +832,16 @@ def correlate(a: Tensor, b: Tensor, mirror: bool, reach: int = 2) -> Tensor:
 
 
 def pack_images(x: Any) -> Tensor:
-    """An array (sharing its memory), or a list of pictures of one size, as one tensor."""
-    return torch.from_numpy(np.ascontiguousarray(x))
+    """An array (sharing its memory, or its file), or a list of pictures of one size, as one tensor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a memory map may be read-only: nothing here writes into it
+        return torch.from_numpy(np.ascontiguousarray(x))
 
 
 def learn_images(pixels: Tensor, rows: Tensor, config: Config) -> dict[str, Any]:
     """Mean and deviation of each channel over the training rows, in slices: never a float copy of the whole set."""
     total = torch.zeros(2, pixels.shape[1], dtype=torch.float64)
-    for some in rows.split(5000):
+    for some in in_parts(rows, pixels):
         x = pixels[some].float().div_(255)
         total += torch.stack((x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))) * (len(some) / len(rows))
     deviation = (total[1] - total[0].square()).clamp(min=1e-6).sqrt()
@@ -2023,13 +2032,18 @@ class State:
                 **{name: getattr(self, name).state_dict() for name in self.OWNED}, "noise": self.noise.get_state(),
                 "chance": world.gather(chance), "sums": world.total(self.sums).cpu()}
 
+    def snapshot(self, world: World) -> dict[str, Any]:
+        """What `restore` can take back later; the best weights are replaced, never changed, and need no copy."""
+        values = self.capture(world)
+        return {name: value if name.startswith("best") else copy.deepcopy(value) for name, value in values.items()}
+
     def restore(self, values: dict[str, Any], world: World) -> None:
         """Go on from what was captured, perhaps by another number of processes."""
         for name in self.PLAIN:
             setattr(self, name, values[name])
         for name in self.OWNED:
             getattr(self, name).load_state_dict(values[name])
-        self.sums = (values["sums"] if world.leader else torch.zeros(2)).to(self.noise.device)
+        self.sums = (values["sums"].clone() if world.leader else torch.zeros(2)).to(self.noise.device)
         with contextlib.suppress(RuntimeError):  # another kind of device: its own fresh noise must do
             self.noise.set_state(values["noise"])
         if world.rank < len(values["chance"]):
@@ -2037,6 +2051,12 @@ class State:
             torch.set_rng_state(chance)
             if on_gpu is not None and self.noise.device.type == "cuda":
                 torch.cuda.set_rng_state(on_gpu, self.noise.device)
+
+    @property
+    def place(self) -> str:
+        """How far it has come, for people."""
+        steps = f" and {self.step} {'step' if self.step == 1 else 'steps'}" if self.step else ""
+        return f"{self.epoch} {'epoch' if self.epoch == 1 else 'epochs'}{steps}"
 
     @property
     def stale(self) -> int:
@@ -2060,8 +2080,8 @@ def load_checkpoint(path: Path, say: Callable[[str], Any]) -> dict[str, Any] | N
         if not before.exists():
             raise
         values = load_file(before, STATE_FORMAT)
-        say(f"WARNING  {problem}.\n         Going on from the one before it: {values['epoch']} epochs and "
-            f"{values['step']} steps.\n")
+        say(f"WARNING  {problem}.\n         Going on from the one before it, of epoch {values['epoch'] + 1}, "
+            f"step {values['step']}.\n")
         return values
 
 
@@ -2340,7 +2360,7 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
     forward = torch.compile(forward) if config.compile else forward
     with progress_bar(data.volume(config.epochs, config.epochs), " samples", hidden=not world.leader) as bar:
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):
-            good = copy.deepcopy(state.capture(world))
+            good = state.snapshot(world)
             bar.set_description(f"epoch {state.epoch + 1}/{config.epochs}")
             bar.n = data.volume(state.epoch, config.epochs) + state.seen
             try:
@@ -3422,11 +3442,12 @@ def pixel_yardstick(data: Data) -> tuple[str, Tensor]:
     """The simple method that a network for pictures has to beat."""
     samples, train = data.samples, data.parts["train"]
     assert isinstance(samples, Images)
+    fine = math.ceil(math.sqrt(samples.pixels[0].numel() / 1000))  # about a thousand numbers a picture are enough
+    train = train[torch.linspace(0, len(train) - 1, min(len(train), 60_000), dtype=torch.float64).round().long()]
 
     def pixels(rows: Tensor) -> Tensor:
-        x = samples.pixels[rows.to(samples.pixels.device)].cpu()
-        fine = math.ceil(math.sqrt(x[0].numel() / 1000))  # about a thousand numbers a picture are enough for it
-        return torch.cat([F.avg_pool2d(some.float() / 64 - 2, fine) for some in x.split(5000)]).flatten(1)
+        return torch.cat([F.avg_pool2d(samples.pixels[some.to(samples.pixels.device)].cpu().float() / 64 - 2, fine)
+                          for some in in_parts(rows, samples.pixels)]).flatten(1)
 
     x, y, chance, steps = pixels(train), data.labels[train], torch.Generator().manual_seed(0), 500
     middle = x.mean(0)
@@ -4675,8 +4696,8 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
         into = find_unfinished(Path(known.get("output_dir", Config.output_dir)), known.get("task", Config.task))
         if into:
             given, saved = {}, read_config(into / "config.json")
-    given, saved, into = world.share((given, saved, into))
-    with contextlib.ExitStack() as held, Brake() as brake:
+    with noticing_others(world), contextlib.ExitStack() as held, Brake() as brake:
+        given, saved, into = world.share((given, saved, into))
         if into and world.leader:
             held.enter_context(locked(into / ".lock", refuse(into)))
         config, runtime, raw, data, clock = prepare(given, saved or {}, log, world)
@@ -4693,11 +4714,9 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
         going_on = take_up(state, keeper, world)
         if going_on:
             clock.before = state.spent
-            clock.budget = f"{state.budget}s" if state.budget else ""
+            clock.budget = f"{state.budget}s" if state.budget and "epochs" not in given else ""
         state.budget = read_time(clock.budget) if clock.budget else 0.0
-        run = Run(folder, config, runtime, raw, data, clock, state, keeper, log)
-        run.start(said, going_on)
-        run.go()
+        Run(folder, config, runtime, raw, data, clock, state, keeper, log).go(said, going_on)
     return folder
 
 
@@ -4748,7 +4767,7 @@ class Run:
         log(f"Device  {runtime.describe()}")
         log(f"Folder  {self.folder.resolve()}")
         if going_on:
-            log(f"Resume  after {state.epoch} epochs" + (f" and {state.step} steps" if state.step else ""))
+            log(f"Resume  after {state.place}")
         log(f"Time    {self.clock.forecast(data, config, state.epoch)}\n")
 
     def on_epoch(self, state: State) -> int:
@@ -4761,17 +4780,17 @@ class Run:
         after_epoch(self.folder, state, self.data, self.config, self.log)
         return self.config.epochs
 
-    def go(self) -> None:
+    def go(self, said: str, going_on: bool) -> None:
         """Train, examine, report; whatever ends it early, what there is stays."""
         state, config, runtime, brake = self.state, self.config, self.runtime, self.keeper.brake
         held, path = None, self.folder / "checkpoint.pt"
         try:
+            self.start(said, going_on)
             brake.waits = True
-            with noticing_others(runtime.world):
-                if config.folds:
-                    held = cross_validate(self.folder, self.raw, self.data, config, runtime, self.keeper)
-                    self.keeper.turn_to(path)
-                fit(state, self.data, config, runtime, self.on_epoch, self.keeper)
+            if config.folds:
+                held = cross_validate(self.folder, self.raw, self.data, config, runtime, self.keeper)
+                self.keeper.turn_to(path)
+            fit(state, self.data, config, runtime, self.on_epoch, self.keeper)
             brake.waits = False
             self.finish(held or HeldOut(self.data.parts["val"], state.best_logits))
             self.metrics["status"] = "finished"
@@ -4790,10 +4809,10 @@ class Run:
                               ) from problem
             raise
         finally:
+            brake.waits = False
             self.write_metrics()
             if self.metrics["status"] != "finished":
-                self.log(f"\nStopped after {state.epoch} of {self.config.epochs} epochs"
-                         + (f" and {state.step} steps" if state.step else "") + f". {self.again()}")
+                self.log(f"\nStopped after {state.place}, of {count(self.config.epochs, 'epoch')}. {self.again()}")
         if runtime.world.leader:
             conclude(self.folder, self.metrics, self.data, self.log)
 

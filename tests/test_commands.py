@@ -253,7 +253,7 @@ def test_an_interrupted_run_saves_reports_and_can_go_on(tmp_path, capsys, monkey
     assert metrics["best_epoch"] == 1 and metrics["test_accuracy"] > 0
     assert "This training was interrupted in epoch 2 of 3, after 1 step" in (run / "report.html").read_text("utf-8")
     assert dld.main(["--resume", str(run)]) == 0
-    assert "after 1 epochs and 1 steps" in capsys.readouterr().out and "ended" not in metrics_of(run)
+    assert "after 1 epoch and 1 step" in capsys.readouterr().out and "ended" not in metrics_of(run)
     assert dld.main(flags) == 0
     one, two = (dld.load_file(folder / "model.pt")["weights"] for folder in (run, tmp_path / (run.name + "-2")))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -1,8 +1,12 @@
 """Sources, splits, batches."""
+import dataclasses
 import gzip
 import pickle
+import re
 import shutil
 import tarfile
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -383,6 +387,33 @@ def test_damaged_files_are_named(tmp_path, harm):
     with pytest.raises(dld.DataError, match="data_batch_2") as caught:
         dld.read_cifar10(tmp_path, dld.Downloads(False))
     assert not isinstance(caught.value, dld.DataMissing), "broken data must not silently become the stand-in"
+
+
+# -- larger than memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads what Linux says of this process")
+def test_pictures_in_a_memory_map_are_trained_on_without_being_read_into_memory(tmp_path):
+    """1.2 GB in a file (that takes no room, being empty mostly): the process keeps less than half of it."""
+    def own_memory():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    pictures = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint8, (100_000, 3, 64, 64))
+    pictures[:2000:2] = 200
+    y = np.arange(100_000) % 2
+    del pictures
+    x = np.load(tmp_path / "x.npy", mmap_mode="r")
+    config = small("cifar10", model="classic", epochs=1, batch_size=32, limit=3000)
+    runtime = dld.start_runtime(config)
+    before = own_memory()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = dld.build_data(dld.Raw("stripes", ["light", "dark"], x, y, 90_000), config)
+    assert data.samples.pixels.data_ptr() == x.__array_interface__["data"][0], "the file itself, not a copy"
+    state, _ = dld.begin(data, config, runtime)
+    few = dataclasses.replace(data, parts={"train": data.parts["train"][:320], "val": data.parts["val"][:100]})
+    dld.fit(state, few, config, runtime, lambda state: None)
+    assert state.epoch == 1 and own_memory() - before < x.nbytes / 2
 
 
 # -- which data is used ------------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from conftest import dld, small
 
-TASKS = {"cifar10": lambda: dld.make_shapes(900, 100), "mnist": dld.make_digits,
+TASKS = {"cifar10": lambda: dld.make_shapes(500, 100), "mnist": dld.make_digits,
          "sentiment": lambda: dld.make_reviews(600, 100)}
 
 
 def one_epoch(task, world, **settings):
     """Weights, history and the samples that each process trained on."""
-    config = small(task, limit=600, epochs=1, dropout=0.0, **settings)
+    config = small(task, limit=400, epochs=1, dropout=0.0, **settings)
     runtime = dld.start_runtime(config, world)
     data = dld.build_data(TASKS[task](), config)
     state, _ = dld.begin(data, config, runtime)

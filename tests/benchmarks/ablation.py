@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     args = parser.parse_args()
-    raw = dld.TASKS["cifar10"].real(args.data_dir, False)
+    raw = dld.TASKS["cifar10"].real(args.data_dir, dld.Downloads(False))
     title = f"width {args.width}, {args.epochs} epochs, {len(args.seeds)} seeds"
     print(f"| {title} | validation accuracy | training |")
     print("|---|---|---|")

@@ -49,7 +49,7 @@ def main():
     print(f"{runtime.describe()}, torch {torch.__version__}: matrix product {peak / 1e9:,.0f} GFLOP/s\n")
     print("| task, model | batch | input path, images/s | step, images/s | MFLOP an image | share of matrix product |")
     print("|---|---|---|---|---|---|")
-    raws = {name: dld.TASKS[name].real(Path(args.data_dir), False) for name in ("cifar10", "mnist")}
+    raws = {name: dld.TASKS[name].real(Path(args.data_dir), dld.Downloads(False)) for name in ("cifar10", "mnist")}
     for task, model, settings in CASES:
         config = dld.settle({}, {"task": task, "model": model, "precision": runtime.precision, **settings})
         data = dld.build_data(raws[task], config)
@@ -62,7 +62,9 @@ def main():
         for _ in range(7):
             with dld.progress_bar(0, "") as bar:
                 one = dataclasses.replace(data, parts={"train": rows})
-                step.append(seconds(runtime, lambda: dld.train_epoch(state, state.model, one, config, runtime, bar)))  # noqa: B023
+                state.step = 0
+                step.append(seconds(runtime, lambda: dld.train_epoch(
+                    state, state.model, one, config, runtime, dld.Keeper(), bar)))  # noqa: B023
         rate = len(rows) / sorted(step[1:])[3]
         print(f"| {task}, {model} {config.width if settings else ''} | {len(rows)} | {len(rows) / batch:,.0f} "
               f"| {rate:,.0f} | {flop / 1e6:,.0f} | {rate * flop / peak:.0%} |", flush=True)

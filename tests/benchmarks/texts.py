@@ -67,7 +67,8 @@ def main():
 
     config = dld.settle({}, {"task": "sentiment", "data": "real", "data_dir": args.data_dir})
     runtime = dld.start_runtime(config)
-    raw = timed("reading the reviews (with the kept words, if there)", lambda: dld.read_imdb(config.data_path, False))
+    raw = timed("reading the reviews (with the kept words, if there)",
+                lambda: dld.read_imdb(config.data_path, dld.Downloads(False)))
     data = timed("splitting, vocabulary, numbering", lambda: dld.build_data(raw, config))
     train, samples, labels = data.parts["train"], data.samples, data.labels
     few = dataclasses.replace(data, first=data.first[:0])

@@ -1,0 +1,90 @@
+"""Several processes under torchrun train as one would; a dead one ends all, and a restart goes on."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import together
+import torch
+from conftest import ROOT, SCRIPT, dld, metrics_of
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def torchrun(n, *flags, **options):
+    return subprocess.Popen([*TORCHRUN, "--nproc-per-node", str(n), *map(str, flags)], cwd=ROOT / "tests",
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", **options)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """One epoch of each task in one process of one thread, as each of several has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield {task: together.one_epoch(task, dld.World()) for task in together.TASKS}
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_processes_give_what_one_gives(n, alone, tmp_path):
+    job = torchrun(n, "together.py", tmp_path / "found.pt")
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, said
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for task, one in alone.items():
+        several = found[task]
+        assert several["seen"] == one["seen"] == sorted(one["train"]), "each sample once an epoch"
+        torch.testing.assert_close(several["logits"], one["logits"], atol=1e-4, rtol=0)
+        for name, weight in one["weights"].items():
+            # Adam's first steps are as long for gradients that are nothing but rounding, as those of the pixels that
+            # are the same in all digits; there one process with two threads differs as much from one with one.
+            constant = task == "mnist" and name in ("1.weight", "2.running_mean")
+            torch.testing.assert_close(several["weights"][name], weight, atol=1e-3 if constant else 1e-4, rtol=0)
+        for row, other in zip(one["history"], several["history"], strict=True):
+            assert row == pytest.approx(other, abs=1e-4)
+
+
+def test_a_dead_process_ends_all_and_a_restart_goes_on(tmp_path):
+    flags = ["--task", "mnist", "--data", "offline", "--epochs", "30", "--width", "64", "--report", "minimal",
+             "--checkpoint-every", "0.2s", "--output-dir", tmp_path]
+    job = torchrun(2, "--max-restarts", "1", SCRIPT, *flags)
+    run = tmp_path / "mnist-offline-digits"
+    try:
+        until = time.monotonic() + 60
+        while not (run / "history.csv").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        kill_one(job)
+        killed, log = time.monotonic(), run / "log.txt"
+        while log.read_text("utf-8").count("Task ") < 2 and time.monotonic() < killed + 60:
+            time.sleep(0.05)
+        kill_one(job)  # there is no second restart
+        killed = time.monotonic()
+        said, _ = job.communicate(timeout=60)
+        assert job.returncode != 0 and time.monotonic() - killed < 30, said
+    finally:
+        job.kill()
+    assert log.read_text("utf-8").count("Resume  after") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [run.name]
+    assert metrics_of(run)["status"] in ("running", "failed") and dld.load_checkpoint(run / "checkpoint.pt", print)
+    assert dld.main(["--resume", str(run)]) == 0, "one process goes on where two were"
+    metrics = metrics_of(run)
+    assert metrics["status"] == "finished" and metrics["processes"] == 1 and metrics["epochs"] == 30
+    assert len((run / "history.csv").read_text("utf-8").splitlines()) == 31
+
+
+def kill_one(job):
+    """The last process that this torchrun has started."""
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+def test_what_several_processes_cannot_do_is_said_once(tmp_path):
+    job = torchrun(2, SCRIPT, "--task", "mnist", "--data", "offline", "--limit", "20", "--batch-size", "1",
+                   "--output-dir", tmp_path)
+    said, _ = job.communicate(timeout=60)
+    ours = [line for line in said.splitlines() if line.startswith("error")]
+    assert job.returncode and ours == ["error: --batch-size 1: 2 processes need a sample each at every step"], said
+    assert not list(tmp_path.iterdir())
