@@ -8,14 +8,12 @@ import os
 import re
 import resource
 import socket
-import subprocess
-import sys
 import tarfile
 import threading
 import time
 
 import pytest
-from conftest import ROOT, dld
+from conftest import dld
 
 BODY = bytes(range(256)) * 1200  # 307,200 bytes
 SIZE = len(BODY)
@@ -73,8 +71,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(BODY[:1000])
         self.server.until.wait(20)
 
-    def serve_crawls(self, pause=0.008):
-        """Some 100 kB/s."""
+    def serve_crawls(self, pause=0.004):
+        """Some 200 kB/s."""
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         self.begin(206 if start else 200, len(BODY) - start,
@@ -85,8 +83,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
 
     def serve_creeps(self):
-        """Some 10 kB/s."""
-        self.serve_crawls(pause=0.08)
+        """Some 20 kB/s."""
+        self.serve_crawls(pause=0.05)
 
     def serve_trickles(self):
         """Headers without an end, a byte at a time: every single read is in time."""
@@ -157,11 +155,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """Yields its address, and what was asked for; times are short, so that the tests are."""
-    for name, value in (("ANSWER", 3.0), ("STALL", 0.5), ("CRAWL", 60_000), ("WATCH", 0.3)):
+    for name, value in (("ANSWER", 1.5), ("STALL", 0.5), ("CRAWL", 60_000), ("WATCH", 0.3)):
         monkeypatch.setattr(dld, name, value)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.asked, httpd.until = [], threading.Event()
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}", httpd.asked
     httpd.until.set()
     httpd.shutdown()
@@ -255,9 +253,9 @@ def test_a_partial_file_that_is_already_long_enough(size, tmp_path, server):
     assert fetch(tmp_path, server[0], "good") == BODY
 
 
-def test_of_slow_mirrors_the_fastest_goes_on(tmp_path, server):
+def test_of_slow_mirrors_the_fastest_goes_on(tmp_path, server, monkeypatch):
     host, asked = server
-    dld.CRAWL = 10 * len(BODY)  # nobody is as fast as that
+    monkeypatch.setattr(dld, "CRAWL", 10 * len(BODY))  # nobody is as fast as that
     assert fetch(tmp_path, host, "creeps", "crawls") == BODY
     paths = [path.split("/")[1] for path, _, _ in asked]
     assert paths == ["creeps", "crawls", "crawls"] and asked[2][1], "the faster one goes on where it was"
@@ -269,24 +267,22 @@ def test_ones_own_mirror_comes_first(tmp_path, server):
     assert [path for path, _, _ in asked] == ["/good/file.bin"]
 
 
-def test_two_at_once_fetch_a_file_once(tmp_path, server):
+def test_two_at_once_fetch_a_file_once(tmp_path, server, monkeypatch):
     host, asked = server
+    monkeypatch.setattr(dld, "CRAWL", 0)
     said, got = [], []
 
     def one():
         got.append(dld.fetch(archive(host, "crawls"), tmp_path, dld.Downloads(say=said.append)).read_bytes())
 
-    dld.CRAWL = 0
-    code = ("import sys, deep_learning_deliverable as dld\n"
-            f"dld.fetch(dld.Archive('file.bin', {RIGHT!r}, {len(BODY)}, ('{host}/crawls/file.bin',)),"
-            f" __import__('pathlib').Path({str(tmp_path)!r}), dld.Downloads(say=print))")
-    other = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                             stdout=subprocess.PIPE, text=True)
+    other = threading.Thread(target=one)  # the lock is one of open files, so that threads are like processes to it
+    other.start()
     while not asked:
-        time.sleep(0.05)
+        time.sleep(0.01)
     one()
-    assert other.wait(30) == 0 and got == [BODY] and len(asked) == 1, asked
-    assert said == [f"Waiting for process {other.pid} on {socket.gethostname()}, which is getting file.bin"]
+    other.join()
+    assert got == [BODY, BODY] and len(asked) == 1, asked
+    assert said == [f"Waiting for process {os.getpid()} on {socket.gethostname()}, which is getting file.bin"]
 
 
 def test_a_full_disk_is_told_from_a_bad_mirror(tmp_path, server, monkeypatch):
