@@ -463,6 +463,7 @@ class Brake:
 
     def __init__(self) -> None:
         self.asked = False
+        self.pulled = False  # at once, by an exception, which a library may turn into another
         self.waits = False  # while something looks at `asked`
         self.before: dict[int, Any] = {}
 
@@ -472,13 +473,16 @@ class Brake:
                 self.before[number] = signal.signal(number, self.pull)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: Any, problem: BaseException | None, trace: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.pulled and isinstance(problem, Exception):
+            raise KeyboardInterrupt from problem
 
     def pull(self, number: int, frame: Any) -> None:
         """What happens on a signal."""
         if not self.waits:
+            self.pulled = True
             raise KeyboardInterrupt
         if not self.asked and not launch():  # torchrun passes on what its processes have got already
             os.write(2, b"\nStopping after this step; once more Ctrl-C leaves at once.\n")
@@ -1167,7 +1171,7 @@ class PhraseModel:
 # -- downloading ------------------------------------------------------------------------------------------------------
 
 
-ANSWER = 12.0  # seconds that all mirrors together may take to answer at first: soon enough comes the stand-in
+ANSWER = 9.0  # seconds that all mirrors together may take to answer at first: soon enough comes the stand-in
 STALL = 10.0  # seconds without a byte, after which a mirror that had answered is left
 CRAWL, WATCH = 200_000, 5.0  # bytes a second: what is slower over so many seconds is left for another mirror
 
@@ -1189,10 +1193,6 @@ class Downloads:
     allowed: bool = True
     mirror: str = ""  # the address of a folder with the official files
     say: Callable[[str], Any] = lambda text: None
-
-
-class Crawling(OSError):
-    """A mirror is there, but slow; the number is its rate."""
 
 
 def file_md5(path: Path) -> str:
@@ -1226,7 +1226,9 @@ def ask(url: str, headers: dict[str, str], seconds: float) -> http.client.HTTPRe
         raise TimeoutError("no answer") from None
     if isinstance(found, Exception):
         raise found
-    return typing.cast(http.client.HTTPResponse, found)
+    if not isinstance(found, http.client.HTTPResponse):
+        raise OSError("leads to something that is not http")
+    return found
 
 
 def download_rest(url: str, part: Path, archive: Archive, seconds: float, least: float) -> None:
@@ -1261,7 +1263,7 @@ def download_rest(url: str, part: Path, archive: Archive, seconds: float, least:
                 for block in watch(answer, least):
                     have += len(block)
                     if have > archive.size:
-                        raise Crawling("sends more than the file has")
+                        raise OSError("sends more than the file has")
                     bar.update(file.write(block))
         except OSError as problem:
             if errno.errorcode.get(problem.errno or 0) not in ("ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EROFS"):
@@ -1272,7 +1274,7 @@ def download_rest(url: str, part: Path, archive: Archive, seconds: float, least:
 
 
 def watch(answer: http.client.HTTPResponse, least: float) -> Iterator[bytes]:
-    """What comes, as it comes; Crawling once it comes too slowly."""
+    """What comes, as it comes; OSError once it comes too slowly."""
     since, got = time.perf_counter(), 0
     while block := answer.read1(1 << 16):
         yield block
@@ -1280,44 +1282,45 @@ def watch(answer: http.client.HTTPResponse, least: float) -> Iterator[bytes]:
         took = time.perf_counter() - since
         if took > WATCH:
             if got / took < least:
-                raise Crawling(got / took)
+                raise OSError(f"only {got / took / 1000:,.0f} kB/s")
             since, got = time.perf_counter(), 0
 
 
 def download_file(archive: Archive, part: Path, mirrors: Sequence[str]) -> None:
     """Fill `part` with the right bytes from whichever mirrors have them; the fastest goes on if all are slow."""
-    order, reasons, rates = list(mirrors), dict.fromkeys(mirrors, ""), dict.fromkeys(mirrors, 0.0)
-    for attempt in range(4):
-        before = part.stat().st_size if part.exists() else 0
+    def size() -> int:
+        return part.stat().st_size if part.exists() else 0
+
+    def attempt(url: str, least: float) -> str:
+        """Why this mirror did not do; nothing if the file is complete and right."""
+        had, started = size(), time.perf_counter()
+        try:
+            if had != archive.size:
+                download_rest(url, part, archive, ANSWER / len(mirrors), least)
+        except (OSError, ValueError, http.client.HTTPException) as problem:  # URLError and timeouts are OSErrors
+            text = "".join(filter(str.isprintable, " ".join(str(problem).split())))
+            text = textwrap.shorten(text.removeprefix("<urlopen error ").removesuffix(">"), 80)
+            return text or type(problem).__name__
+        finally:
+            rates[url] = (size() - had) / (time.perf_counter() - started)
+        if file_md5(part) == archive.md5:
+            return ""
+        part.unlink()
+        # If only the rest came from here, the beginning may have been wrong: once more, from the beginning.
+        return attempt(url, least) if had else "what arrived is not the right file (md5 differs)"
+
+    rates, reasons, order = dict.fromkeys(mirrors, 0.0), dict.fromkeys(mirrors, ""), list(mirrors)
+    for number in range(4):
+        before = size()
         for url in order:
-            for again in (False, True):
-                resumed = part.exists() and not again
-                try:
-                    least = CRAWL if attempt == 0 and len(order) > 1 else 0.0
-                    if not part.exists() or part.stat().st_size != archive.size:
-                        download_rest(url, part, archive, ANSWER / len(mirrors), least)
-                    if file_md5(part) == archive.md5:
-                        return
-                    part.unlink()
-                    reasons[url] = "what arrived is not the right file (md5 differs)"
-                    if not resumed:  # else the beginning, which came from elsewhere, may have been wrong
-                        break
-                except Crawling as problem:
-                    rate = problem.args[0]
-                    slow = isinstance(rate, float)
-                    rates[url] = rate if slow else 0.0
-                    reasons[url] = f"only {rate / 1000:,.0f} kB/s" if slow else rate
-                    break
-                except (OSError, ValueError, http.client.HTTPException) as problem:  # of them are URLError and timeouts
-                    text = "".join(filter(str.isprintable, " ".join(str(problem).split())))
-                    reasons[url] = textwrap.shorten(text.removeprefix("<urlopen error ").removesuffix(">"), 80) or (
-                        type(problem).__name__)
-                    break
-        if (part.stat().st_size if part.exists() else 0) <= before:
+            reasons[url] = attempt(url, CRAWL if number == 0 and len(order) > 1 else 0.0)
+            if not reasons[url]:
+                return
+        if size() <= before:
             break  # a round that brought nothing: the next would not either
         order.sort(key=lambda url: -rates[url])
     said = "; ".join(f"{url.split('/')[2] if url.count('/') > 1 else url}: {reasons[url]}" for url in mirrors)
-    kept = f"; {say_size(part.stat().st_size)} are kept for the next attempt" if part.exists() else ""
+    kept = f"; {say_size(size())} are kept for the next attempt" if size() else ""
     raise DataMissing(f"could not download {archive.name} ({said}{kept})")
 
 
@@ -1372,13 +1375,16 @@ def unpack(archive: Path, inside: str, downloads: Downloads) -> Path:
     target = archive.parent / inside
     try:
         with waiting_turn(target, downloads):
-            if target.is_dir():
-                return target
-            with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpacking-") as scratch:
-                with tarfile.open(archive) as tar:
-                    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # not before Python 3.10.12
-                    tar.extractall(scratch, safe_members(tar), **safely)  # type: ignore[arg-type]
-                os.replace(Path(scratch) / inside, target)
+            scratch = target.with_name(f".{inside}.part")
+            try:
+                if not target.is_dir():  # else another run has unpacked it meanwhile
+                    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed while it unpacked
+                    with tarfile.open(archive) as tar:
+                        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # since Python 3.10.12
+                        tar.extractall(scratch, safe_members(tar), **safely)  # type: ignore[arg-type]
+                    os.replace(scratch / inside, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as problem:
         raise DataError(f"cannot unpack {archive}: {problem}") from problem
     return target
@@ -1886,7 +1892,7 @@ class Together(torch.autograd.Function):
         sums = torch.cat([n, n * mean, n * (var + mean.double().square())]).double()
         dist.all_reduce(sums)
         n, (mean, square) = sums[0], (sums[1:] / sums[0]).view(2, -1)
-        var = (square - mean.square()).float()
+        var = (square - mean.square()).clamp(min=0).float()
         mean = mean.float()
         if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
             norm.num_batches_tracked += 1
@@ -1927,7 +1933,7 @@ def share_norms(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             module.__class__ = SharedNorm
     return model
 
@@ -3804,14 +3810,17 @@ def check_room(place: Path, needed: int = 0) -> None:
 
 def make_run(path: Path, settings: dict[str, Any]) -> None:
     """A run folder that has its config.json from the first moment, so that --resume can go on from any."""
-    scratch = path.with_name(f".{path.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
+    if path.exists():  # renaming would replace an empty folder, elsewhere than on Windows
+        raise FileExistsError
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.mkdir()
     try:
         write_json(scratch / "config.json", settings)
-        if path.exists():  # elsewhere than on Windows, renaming replaces an empty folder
-            raise FileExistsError
         scratch.rename(path)
+    except OSError:
+        if path.exists():  # another run was quicker
+            raise FileExistsError from None
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -4579,7 +4588,6 @@ def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log,
     """From flags to data on the device, and settings of which nothing is left open."""
     clock = Clock(time.perf_counter() - IMPORTING, "")
     config = settle(saved, given)
-    check_room(Path(config.output_dir))
     runtime = start_runtime(config, world)
     raw = load_together(config, log, world)
     config = settle(saved, given, stand_in=bool(raw.slug))
@@ -4692,20 +4700,22 @@ def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, 
     """From flags to a finished run folder; alone, or as one of the processes that torchrun started."""
     world = join_world()
     known = {**(saved or {}), **given}
-    if into is None and world.leader:
-        into = find_unfinished(Path(known.get("output_dir", Config.output_dir)), known.get("task", Config.task))
-        if into:
-            given, saved = {}, read_config(into / "config.json")
+    place = into or Path(str(known.get("output_dir", Config.output_dir)))
+    if into is None and world.leader and (into := find_unfinished(place, known.get("task", Config.task))):
+        given, saved = {}, read_config(into / "config.json")
     with noticing_others(world), contextlib.ExitStack() as held, Brake() as brake:
         given, saved, into = world.share((given, saved, into))
-        if into and world.leader:
-            held.enter_context(locked(into / ".lock", refuse(into)))
+        if world.leader:
+            check_room(place)
+            if into:
+                held.enter_context(locked(into / ".lock", refuse(into)))
         config, runtime, raw, data, clock = prepare(given, saved or {}, log, world)
         state, said = begin(data, config, runtime)
         name = "-".join(filter(None, (config.task, data.slug, "dry-run" if config.dry_run else "")))
         weights = sum(4 * p.numel() for p in state.model.parameters())
+        if world.leader:
+            check_room(place, 14 * weights + 20_000_000)  # of it 12 for three checkpoints
         if world.leader and not into:
-            check_room(Path(config.output_dir), 14 * weights + 20_000_000)  # of it 12 for three checkpoints
             settings = dataclasses.asdict(config)
             into = fresh_path(Path(config.output_dir) / name, lambda path: make_run(path, settings))
             held.enter_context(locked(into / ".lock", refuse(into)))
@@ -4803,7 +4813,8 @@ class Run:
             self.report_what_there_is()
             raise
         except BaseException as problem:
-            self.metrics["status"] = "interrupted" if isinstance(problem, KeyboardInterrupt) else "failed"
+            stopped = isinstance(problem, KeyboardInterrupt) or brake.pulled
+            self.metrics["status"] = "interrupted" if stopped else "failed"
             if isinstance(problem, OSError):
                 raise Failure(f"cannot write {problem.filename or self.folder}: {problem.strerror}; {self.again()}"
                               ) from problem

@@ -260,6 +260,22 @@ def test_an_interrupted_run_saves_reports_and_can_go_on(tmp_path, capsys, monkey
     assert "after 1 epoch and 1 step" in capsys.readouterr().out and "ended" not in metrics_of(run)
 
 
+def test_a_signal_that_a_library_turns_into_another_error_is_still_a_signal(tmp_path, monkeypatch, capsys):
+    """Extension modules answer Ctrl-C while they are loaded with an ImportError."""
+    def load(*given):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    monkeypatch.setattr(dld, "write_figures", load)
+    flags = ["--task", "mnist", "--data", "offline", "--limit", "100", "--epochs", "1", "--report", "minimal"]
+    assert dld.main([*flags, "--output-dir", str(tmp_path)]) == 130
+    assert "ImportError" not in capsys.readouterr().err
+    assert metrics_of(tmp_path / "mnist-offline-digits")["status"] == "interrupted"
+
+
 def test_a_new_task_is_one_entry(tmp_path, monkeypatch, capsys):
     """Stripes across or down: registered here, trained, reported and predicted by the same program."""
     def make_stripes():

@@ -54,11 +54,11 @@ def test_a_dead_process_ends_all_and_a_restart_goes_on(tmp_path):
     run = tmp_path / "mnist-offline-digits"
     try:
         until = time.monotonic() + 60
-        while not (run / "history.csv").exists() and time.monotonic() < until:
+        while not (run / "checkpoint.pt").exists() and time.monotonic() < until:
             time.sleep(0.05)
         kill_one(job)
         killed, log = time.monotonic(), run / "log.txt"
-        while log.read_text("utf-8").count("Task ") < 2 and time.monotonic() < killed + 60:
+        while "Resume  after" not in log.read_text("utf-8") and time.monotonic() < killed + 60:
             time.sleep(0.05)
         kill_one(job)  # there is no second restart
         killed = time.monotonic()
