@@ -1886,10 +1886,10 @@ class Together(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
-        axes = [0, *range(2, x.ndim)]
-        var, mean = torch.var_mean(x.float(), axes, correction=0)
-        n = torch.full((1,), x.numel() // x.shape[1], device=x.device)
-        sums = torch.cat([n, n * mean, n * (var + mean.double().square())]).double()
+        _, mean, spread = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, 1e-30)  # ten times var_mean
+        mean, var = mean.double(), spread.double().pow(-2)
+        n = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64)
+        sums = torch.cat((n, n * mean, n * (var + mean.square())))
         dist.all_reduce(sums)
         n, (mean, square) = sums[0], (sums[1:] / sums[0]).view(2, -1)
         var = (square - mean.square()).clamp(min=0).float()
@@ -2361,8 +2361,9 @@ def fit(state: State, data: Data, config: Config, runtime: Runtime, on_epoch: Ca
         on_gpu = runtime.device.type == "cuda"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the option has another name since torch 2.15
-            forward = nn.parallel.DistributedDataParallel(forward, [runtime.device] if on_gpu else None,
-                                                          broadcast_buffers=False)  # shared norms make them equal
+            forward = nn.parallel.DistributedDataParallel(
+                forward, [runtime.device] if on_gpu else None, gradient_as_bucket_view=True,
+                broadcast_buffers=False)  # shared norms make them equal
     forward = torch.compile(forward) if config.compile else forward
     with progress_bar(data.volume(config.epochs, config.epochs), " samples", hidden=not world.leader) as bar:
         while state.epoch < config.epochs and not (config.patience and state.stale >= config.patience):

@@ -260,6 +260,15 @@ def test_an_interrupted_run_saves_reports_and_can_go_on(tmp_path, capsys, monkey
     assert "after 1 epoch and 1 step" in capsys.readouterr().out and "ended" not in metrics_of(run)
 
 
+def test_a_folder_in_which_another_process_trains_is_refused(finished, tmp_path, capsys):
+    run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    with dld.locked(run / ".lock", print):
+        assert dld.main(["--resume", str(run), "--epochs", "9"]) == 2
+    said = capsys.readouterr().err
+    assert f"{run} is being trained by process {os.getpid()} on " in said and said.count("\n") == 1
+    assert not (run / ".lock").exists() and metrics_of(run)["status"] == "finished"
+
+
 def test_a_signal_that_a_library_turns_into_another_error_is_still_a_signal(tmp_path, monkeypatch, capsys):
     """Extension modules answer Ctrl-C while they are loaded with an ImportError."""
     def load(*given):

@@ -1,6 +1,7 @@
 """The loop: seeds, schedules, resuming, and what decides the best epoch."""
 import contextlib
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -262,6 +263,43 @@ def test_out_of_memory_cuts_batches_and_changes_nothing(digits):
     torch.testing.assert_close(whole.best_logits, pieces.best_logits, atol=1e-4, rtol=1e-4)
     with pytest.raises(dld.Failure, match="out of memory with 50 samples a process and step; try a smaller"):
         fit(digits, config, before=tight(0))
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(digits, tmp_path):
+    """Whatever byte is damaged: never another state than one of the two that were saved."""
+    path, said = tmp_path / "checkpoint.pt", []
+    fit(digits, small("mnist", limit=100, epochs=2, width=8), keeper=dld.Keeper(path, every=0))
+    newest, before = (dld.load_checkpoint(p, said.append) for p in (path, dld.older(path)))
+    assert not said and (newest["epoch"], before["epoch"]) == (2, 1)
+    whole = path.read_bytes()
+    for place in torch.linspace(0, len(whole) - 1, 40).long().tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
+        found = dld.load_checkpoint(path, said.append)
+        right = before if said else newest
+        assert all(torch.equal(found["model"][name], weight) for name, weight in right["model"].items()), place
+        assert found["epoch"] == right["epoch"] and ("is damaged" in said.pop() if said else True)
+    path.unlink()
+    assert dld.load_checkpoint(path, said.append)["epoch"] == 1, "killed between two renamings"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_disk_that_is_full_costs_a_checkpoint_and_neither_the_training_nor_the_one_before(digits, tmp_path):
+    import resource
+    path, said, sizes = tmp_path / "checkpoint.pt", [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(state):
+        if state.epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, sizes[1]))
+
+    try:
+        keeper = dld.Keeper(path, every=0, say=said.append)
+        keeper.after_epoch = lambda state, world: keeper.save(state, world)
+        state = fit(digits, small("mnist", limit=100, epochs=3, width=8), on_epoch=fill, keeper=keeper)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, sizes)
+    assert state.epoch == 3 and len(said) == 1 and "File too large; going on, and trying again later" in said[0]
+    assert dld.load_checkpoint(path, said.append)["step"] and len(said) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint-before.pt", "checkpoint.pt"]
 
 
 def test_clipping_bounds_the_step(digits):

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import deep_learning_deliverable as dld
 
 SCRIPT = Path(dld.__file__)
-CASES = {"cifar10": ["--limit", "6000", "--epochs", "2"], "mnist": ["--limit", "30000", "--epochs", "5"],
-         "sentiment": ["--limit", "2500", "--epochs", "2", "--unlabelled", "0"]}
+CASES = {"cifar10": ["--no-views", "--limit", "3000", "--epochs", "2"],
+         "mnist": ["--no-views", "--limit", "20000", "--epochs", "5"],
+         "sentiment": ["--limit", "1500", "--epochs", "2", "--unlabelled", "0"]}
 
 
 def train(task, processes, threads, flags, place):
