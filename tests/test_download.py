@@ -155,7 +155,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """Yields its address, and what was asked for; times are short, so that the tests are."""
-    for name, value in (("ANSWER", 1.5), ("STALL", 0.5), ("CRAWL", 60_000), ("WATCH", 0.3)):
+    for name, value in (("ANSWER", 3.0), ("STALL", 1.0), ("CRAWL", 60_000), ("WATCH", 0.3)):
         monkeypatch.setattr(dld, name, value)
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.asked, httpd.until = [], threading.Event()
