@@ -16,8 +16,8 @@ section knows nothing of the later ones:
 
     flags -> Config -> Runtime -> Raw -> Data -> model -> fit -> measure -> explain -> figures -> run folder -> report
 
-     1  Constants and errors      5  Models         9  Figures and pages    13  Commands and flags
-     2  Config                    6  Training      10  Tasks
+     1  Constants and errors      5  Models         9  Figures and pages    13  Using it
+     2  Config                    6  Training      10  Tasks                14  Commands and flags
      3  Runtime                   7  Measuring     11  Run folder
      4  Data                      8  Explaining    12  Report
 """
@@ -53,6 +53,7 @@ import hashlib
 import html
 import http.client
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -104,11 +105,12 @@ IMPORTING = time.perf_counter() - STARTED  # seconds; they belong to what a run 
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 VERSION = "0.1"
-MODEL_FORMAT, STATE_FORMAT = 4, 5  # of model.pt and checkpoint.pt; raised when older programs could not read them
+MODEL_FORMAT, STATE_FORMAT = 5, 6  # of model.pt and checkpoint.pt; raised when older programs could not read them
 PAD, UNKNOWN = 0, 1  # the two token numbers that are no word
 EMBEDDING, PAIRING = 100, 16  # numbers that stand for a word, and for the pair that it makes with the word before
 PARTS = ("train", "val", "test")
 GLANCE = 5000  # training samples, enough to tell the training accuracy to half a point
+MOST_PIXELS = 89_000_000  # of one picture: beyond, Pillow too suspects a file that was made to fill the memory
 
 
 class Failure(Exception):
@@ -123,6 +125,10 @@ class UsageError(Failure):
     code = 2
 
 
+class Unreadable(Failure):
+    """One picture or text of many that cannot be read."""
+
+
 class LostOthers(Failure):
     """A process that this one trains together with has ended."""
 
@@ -135,6 +141,12 @@ class DataError(Failure):
 
 class DataMissing(DataError):
     """The data is not there and could not be fetched; `--data auto` may fall back to the stand-in."""
+
+
+def require(asking: str, *packages: str) -> None:
+    """Optional packages, or one line that names the `pip install` of all of them."""
+    if missing := [name for name in packages if not importlib.util.find_spec(name)]:
+        raise UsageError(f"{asking} needs the package {missing[0]}; try: pip install {' '.join(packages)}")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -724,6 +736,9 @@ class Images:
         # Other views only where the best logit leads by less: a fifth of the pictures, all of the gain (0.6 points).
         self.sure = 1.0 if meta["views"] else 0.0
 
+    def __len__(self) -> int:
+        return len(self.pixels)
+
     def to(self, device: torch.device) -> Images:
         """Move everything to the device, but pictures only where they leave half of its memory free."""
         self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
@@ -863,26 +878,39 @@ def patch_covariance(images: Images, rows: Tensor) -> list[list[float]]:
     return (products / n - torch.outer(sums, sums) / n**2).tolist()
 
 
-def open_images(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
-    """One picture file, any size or mode, as the model expects it: (name, uint8 [C, side, side])."""
+def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
+    """A picture file, or an open one, of any size and mode, as the model expects it: uint8 [C, side, side]."""
     from PIL import Image, ImageOps
+    warnings.filterwarnings("ignore", module="PIL")  # what matters comes as an error
+    side = meta["side"]
     try:
-        with Image.open(argument) as file:
+        with Image.open(source) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels; the most are {MOST_PIXELS:,}")
+            file.draft("RGB", (2 * side, 2 * side))  # a JPEG can be decoded at a fraction of its size
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16") or picture.mode == "I":
                 picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
-            picture = picture.convert("RGBA")
+            clear = "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA")
+            picture = picture.convert("RGBA" if clear else "L" if meta["channels"] == 1 else "RGB")
     except FileNotFoundError as problem:
-        raise UsageError(f"--predict {argument}: no such file; this run's model reads pictures") from problem
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise UsageError(f"--predict {argument}: not a picture that can be read ({problem})") from problem
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)  # transparent means white paper
-    flat = ImageOps.fit(flat.convert("L" if meta["channels"] == 1 else "RGB"), (meta["side"], meta["side"]))
-    x = np.asarray(flat).reshape(meta["side"], meta["side"], meta["channels"]).transpose(2, 0, 1)
+        raise Unreadable("no such file") from problem
+    except Exception as problem:  # a damaged file can raise nearly anything
+        raise Unreadable(f"not a picture that can be read ({problem})") from problem
+    if clear:  # transparent means white paper
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = ImageOps.fit(picture.convert("L" if meta["channels"] == 1 else "RGB"), (side, side))
+    x = np.asarray(picture).reshape(side, side, meta["channels"]).transpose(2, 0, 1)
     border = np.median((x[0, 0], x[0, -1], x[0, :, 0], x[0, :, -1]))
-    if meta["channels"] == 1 and meta["mean"][0] < 0.5 and border > 127:
-        x = 255 - x  # ink on paper, for a model that learnt light on dark, as MNIST is
-    return [(argument, x)]
+    return 255 - x if meta["paper"] and border > 127 else x  # ink on paper, for a model that learnt light on dark
+
+
+def open_images(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
+    """A --predict argument of a model for pictures: (name, sample) for each."""
+    try:
+        return [(argument, read_picture(argument, meta))]
+    except Unreadable as problem:
+        raise UsageError(f"--predict {argument}: {problem}; this run's model reads pictures") from problem
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -968,6 +996,9 @@ class Texts:
         self.length = tokens.start.diff()
         self.kept = self.length.clamp(max=meta["max_tokens"])
         self.head = meta["max_tokens"] // 2  # a longer text keeps this much of its beginning, and its end
+
+    def __len__(self) -> int:
+        return len(self.start)
 
     def to(self, device: torch.device) -> Texts:
         """Move the token array to the device; lengths stay, since batches are planned on the CPU."""
@@ -3527,6 +3558,7 @@ class Task:
     defaults: dict[str, Any]  # Config settings
     offline_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its own model, on the stand-in
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
+    paper: bool = False  # pictures are light on dark, but people will give dark on light
 
 
 TASKS = {
@@ -3535,7 +3567,7 @@ TASKS = {
                     {"flip": True, "shift": 2}),
     "mnist": Task("image", read_mnist, make_digits, {"model": "mlp"},
                   {"epochs": 60, "batch_size": 64, "lr": 2e-3, "width": 512},
-                  {"shift": 2, "rotate": 10, "scale": 0.12, "shear": 0.12, "elastic": 0.4}),
+                  {"shift": 2, "rotate": 10, "scale": 0.12, "shear": 0.12, "elastic": 0.4}, paper=True),
     "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm"},
                       {"epochs": 5, "batch_size": 32, "dropout": 0.2}),
 }
@@ -3630,7 +3662,7 @@ def build_data(raw: Raw, config: Config, parts: dict[str, Tensor] | None = None)
     parts = parts or split_rows(raw, config)
     raw.packed = packed = kind.pack(raw.x) if raw.packed is None else raw.packed
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name, "stand_in": bool(raw.slug),
-            "classes": raw.classes, "model": config.model, "dropout": config.dropout,
+            "classes": raw.classes, "model": config.model, "dropout": config.dropout, "paper": task.paper,
             **kind.learn(packed, parts["train"], config), "augment": task.augment if config.augment else {},
             "width": config.width, "views": config.views}
     rng = np.random.default_rng(config.seed)
@@ -4461,7 +4493,52 @@ def write_comparison(runs: list[Path], output_dir: Path) -> Path:
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
-# ║ 13  Commands and flags                                                                                           ║
+# ║ 13  Using it                                                                                                     ║
+# ║     A finished model at work: predicting, serving, exporting. Knows nothing of training.                         ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
+
+
+class Predictor:
+    """The model of a run, ready for new samples; needs nothing but its model.pt."""
+
+    def __init__(self, run: Path, runtime: Runtime) -> None:
+        self.run, self.runtime = run, runtime
+        self.model, self.meta = load_model(run, runtime)
+        self.model.eval()
+        self.kind, self.classes = KINDS[self.meta["kind"]], list(self.meta["classes"])
+
+    def pack(self, prepared: Sequence[Any]) -> Images | Texts:
+        """Samples as `kind.open` gives them, ready to be cut into batches."""
+        return self.kind.samples(self.kind.pack(prepared), self.meta).to(self.runtime.device)
+
+    def shares(self, samples: Images | Texts) -> Tensor:
+        """The probability of each class [n, classes], on the CPU."""
+        logits = compute_logits(self.model, samples, torch.arange(len(samples)), self.runtime)
+        return probabilities(logits, self.meta["temperature"])
+
+
+def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) -> None:
+    """Class and probability for pictures or texts."""
+    if unfit := set(given) - {"device", "precision"}:
+        raise UsageError(f"--predict takes its settings from the run; leave out {flag_name(min(unfit))}")
+    ready = Predictor(run, start_runtime(Config(**{"precision": "fp32", **given})))
+    opened = [pair for argument in arguments for pair in ready.kind.open(argument, ready.meta)]
+    if not opened:
+        raise UsageError(f"--predict {' '.join(arguments)}: nothing to predict in there")
+    samples = ready.pack([sample for _, sample in opened])
+    for row, ((name, _), share) in enumerate(zip(opened, ready.shares(samples), strict=True)):
+        order = share.argsort(descending=True)[:3].tolist()
+        shown = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
+        first, *others = (f"{ready.classes[i]} {share[i]:.1%}" for i in order)
+        log(f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}")
+        if hint := ready.kind.hint(ready.model, samples, row):
+            log(f"{'':20} {hint}")
+    if ready.meta["stand_in"]:
+        log(f"Note: this model was trained on {ready.meta['dataset']}")
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ 14  Commands and flags                                                                                           ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 # By --resume, without changing the past:
@@ -4697,7 +4774,7 @@ def refuse(run: Path) -> Callable[[str], typing.NoReturn]:
     return busy
 
 
-def train(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, into: Path | None = None) -> Path:
+def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = None, into: Path | None = None) -> Path:
     """From flags to a finished run folder; alone, or as one of the processes that torchrun started."""
     world = join_world()
     known = {**(saved or {}), **given}
@@ -4875,7 +4952,7 @@ def train_all(given: dict[str, Any], log: Log) -> None:
         if clock.budget:
             one["budget"] = f"{max(1, (clock.left - 5) / (len(each) - place)):.0f}s"  # 5 s for the comparison
         log("=" * 100)
-        runs.append(train(one, log))
+        runs.append(train_run(one, log))
         log.attach(None)
     if not join_world().leader:
         return
@@ -4902,7 +4979,7 @@ def resume(run: Path, given: dict[str, Any], log: Log) -> None:
             raise UsageError(f"{run} has finished its {done} epochs; give more --epochs to train it further")
         if 0 < given.get("patience", saved["patience"]) <= stale:
             raise UsageError(f"{run} ended for want of patience; give --patience 0 to train it further")
-    train(given, log, saved, run)
+    train_run(given, log, saved, run)
 
 
 def evaluate(run: Path, given: dict[str, Any], log: Log) -> None:
@@ -4934,29 +5011,6 @@ def compare(runs: list[Path], given: dict[str, Any], log: Log) -> None:
     report = write_comparison(runs, Path(given.get("output_dir", runs[0].parent)))
     log(report.read_text("utf-8"))
     log(f"Comparison    {report.with_suffix('.html').resolve()}, .png, .md and .csv beside it")
-
-
-def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) -> None:
-    """Class and probability for pictures or texts; needs nothing but model.pt."""
-    if unfit := set(given) - {"device", "precision"}:
-        raise UsageError(f"--predict takes its settings from the run; leave out {flag_name(min(unfit))}")
-    runtime = start_runtime(Config(**{"precision": "fp32", **given}))
-    model, meta = load_model(run, runtime)
-    kind = KINDS[meta["kind"]]
-    opened = [pair for argument in arguments for pair in kind.open(argument, meta)]
-    if not opened:
-        raise UsageError(f"--predict {' '.join(arguments)}: nothing to predict in there")
-    samples = kind.samples(kind.pack([sample for _, sample in opened]), meta).to(runtime.device)
-    shares = probabilities(compute_logits(model, samples, torch.arange(len(opened)), runtime), meta["temperature"])
-    for row, ((name, _), share) in enumerate(zip(opened, shares, strict=True)):
-        order = share.argsort(descending=True)[:3].tolist()
-        shown = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
-        first, *others = (f"{meta['classes'][i]} {share[i]:.1%}" for i in order)
-        log(f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}")
-        if hint := kind.hint(model, samples, row):
-            log(f"{'':20} {hint}")
-    if meta["stand_in"]:
-        log(f"Note: this model was trained on {meta['dataset']}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -5024,11 +5078,11 @@ def run_command(argv: list[str], log: Log) -> None:
     elif args.resume:
         resume(args.resume, given, log)
     elif args.config:
-        train(given, log, read_config(args.config))
+        train_run(given, log, read_config(args.config))
     elif given.get("task") == "all":
         train_all(given, log)
     else:
-        train(given, log)
+        train_run(given, log)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

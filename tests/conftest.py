@@ -61,5 +61,5 @@ def finished(tmp_path_factory):
     for task, settings in (("cifar10", {"limit": 300, "width": 16, "batch_size": 50}),
                            ("mnist", {"limit": 900, "width": 128}), ("sentiment", {"limit": 200})):
         given = {"task": task, "data": "offline", "device": "cpu", "epochs": 2, "output_dir": str(place), **settings}
-        runs[task] = dld.train(given, dld.Log())
+        runs[task] = dld.train_run(given, dld.Log())
     return runs

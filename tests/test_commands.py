@@ -368,7 +368,7 @@ def test_all_tasks_share_a_budget(finished, monkeypatch):
         shares.append(dld.read_time(given["budget"]))
         return finished[given["task"]]
 
-    monkeypatch.setattr(dld, "train", quick)
+    monkeypatch.setattr(dld, "train_run", quick)
     assert dld.main(["--task", "all", "--budget", "10m"]) == 0
     left = 10 * 60 - dld.IMPORTING - 5  # seconds for the comparison
     assert shares == pytest.approx([left / 3, left / 2, left], abs=3), "here no task uses its share"

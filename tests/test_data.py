@@ -123,14 +123,14 @@ def test_views_are_the_same_pictures_shifted_and_mirrored(shapes):
 
 def test_pictures_of_any_size_and_mode_can_be_opened(tmp_path):
     from PIL import Image
-    meta = {"channels": 3, "side": 32, "mean": [0.5] * 3}
+    meta = {"channels": 3, "side": 32, "paper": False}
     for mode, size in (("RGB", (32, 32)), ("RGBA", (500, 20)), ("L", (7, 300)), ("P", (40, 40)), ("1", (33, 9)),
                        ("CMYK", (64, 64)), ("I;16", (50, 50)), ("LA", (1, 1))):
         path = tmp_path / f"{mode.replace(';', '')}.{'tiff' if mode in ('CMYK', 'I;16') else 'png'}"
         Image.new(mode, size).save(path)
         (name, x), = dld.open_images(str(path), meta)
         assert x.shape == (3, 32, 32) and x.dtype == np.uint8 and name == str(path)
-        (_, grey), = dld.open_images(str(path), {"channels": 1, "side": 28, "mean": [0.1]})
+        (_, grey), = dld.open_images(str(path), {"channels": 1, "side": 28, "paper": True})
         assert grey.shape == (1, 28, 28)
     Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert dld.open_images(str(tmp_path / "clear.png"), meta)[0][1].min() == 255, "transparent means white paper"
@@ -142,7 +142,7 @@ def test_ink_on_paper_is_turned_into_light_on_dark_for_mnist(tmp_path):
     page[10:30, 18:22] = 10
     Image.fromarray(page).save(tmp_path / "paper.png")
     Image.fromarray(255 - page).save(tmp_path / "board.png")
-    meta = {"channels": 1, "side": 28, "mean": [0.13]}
+    meta = {"channels": 1, "side": 28, "paper": True}
     (_, paper), (_, board) = (dld.open_images(str(tmp_path / name), meta)[0] for name in ("paper.png", "board.png"))
     assert np.abs(paper.astype(int) - board).max() <= 1 and paper[0, 0].max() < 20
 

@@ -27,7 +27,7 @@ import deep_learning_deliverable as dld
 def run(**given):
     """One run in a folder that is thrown away: its metrics and faults."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        path = dld.train({**given, "output_dir": folder}, dld.Log())
+        path = dld.train_run({**given, "output_dir": folder}, dld.Log())
         with (path / "faults.csv").open(encoding="utf-8") as file:
             return json.loads((path / "metrics.json").read_text("utf-8")), list(csv.DictReader(file))
 
