@@ -77,8 +77,9 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,26 +307,39 @@ class Config:
     task: str = setting("what", "cifar10", "what to train: {tasks}, or all for the three and their comparison")
     model: str = setting("what", "", "cifar10, mnist: classic, mlp or any torchvision classifier; "
                                      "sentiment: lstm, transformer")
-    data: str = setting("data", "auto", "real, offline (built in), or auto: real if it is there or can be downloaded",
-                        choices=("auto", "real", "offline"))
+    data: str = setting("data", "auto", "real, offline (built in), or auto: real if it is there or can be downloaded; "
+                                        "images, text: your own folder or file")
     data_dir: str = setting("data", "", "where data sets lie or are put (default: $DLD_DATA_DIR or data)")
     mirror: str = setting("data", "", "address of a folder with the official files, asked before all others")
     val_fraction: float = setting("data", 0.1, "share of the training data kept for validation", low=0.001, high=0.5)
+    test_fraction: float = setting("data", 0.2, "your own data: share kept for the test, where no part is named test",
+                                   low=0.001, high=0.9)
     folds: int = setting("data", 0, "cross-validate with so many folds first, then train on all of them (0: do not)",
                          low=0, high=100)
     limit: int = setting("data", 0, "use at most this many samples of each split (0: all)", low=0)
     augment: bool = setting("data", True, "vary training pictures as suits the task: shift, mirror, distort")
+    flip: bool = setting("data", True, "as part of that: mirror pictures, unless the task forbids it")
+    image_size: int = setting("data", 0, "your own pictures: the side that they are brought to (0: their own, at most "
+                                         "64)", low=0, high=1024)
+    colour: str = setting("data", "auto", "your own pictures: auto, grey or rgb (auto: grey if all are)",
+                          choices=("auto", "grey", "rgb"))
+    text_column: str = setting("data", "", "your own table: the column with the text (default: found)")
+    label_column: str = setting("data", "", "your own table: the column with the class (default: found)")
     max_tokens: int = setting("data", 400, "text: longer ones keep their beginning and their end", low=2)
     vocabulary: int = setting("data", 30_000, "text: how many of the commonest training words are known", low=1)
     unlabelled: float = setting("data", 1.0, "text: passes over those without labels, before the last epoch",
                                 low=0, high=100)
     budget: str = setting("training", "", "time for the whole run, as 90s, 5m or 1h: how to spend it best is found out")
+    init: str = setting("training", "", "start from the weights of this finished run; new classes get a new head")
+    pretrained: bool = setting("training", False, "start a torchvision model from its published weights")
     epochs: int = setting("training", 15, "passes over the training data", low=1, high=1_000_000)
     batch_size: int = setting("training", 128, "samples a step", low=1, high=1_000_000_000)
     lr: float = setting("training", 2e-3, "highest learning rate", low=1e-9)
     schedule: str = setting("training", "cosine", "how the learning rate moves, after a warm-up (not linear)",
                             choices=("cosine", "onecycle", "linear", "plateau", "constant"))
     weight_decay: float = setting("training", 0.01, "AdamW's, on weights only: not on biases and norms", low=0)
+    class_weights: str = setting("training", "none", "balanced: each class counts as much as any other, however rare",
+                                 choices=("none", "balanced"))
     label_smoothing: float = setting("training", 0.0, "share of the target spread over all classes", low=0, high=0.99)
     width: int = setting("training", 64, "fast: channels of the first block; mlp, lstm: units of a layer", low=4,
                          high=8192)
@@ -367,6 +381,8 @@ class Config:
 
         if self.mirror and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", self.mirror):
             raise UsageError(f"--mirror {self.mirror}: give an address that begins with http:// or https://")
+        if self.init and self.pretrained:
+            raise UsageError("--init and --pretrained cannot be combined: weights come from one place")
         if self.budget:
             read_time(self.budget)
         read_time(self.checkpoint_every, "--checkpoint-every")
@@ -610,6 +626,9 @@ class Raw:
     slug: str = ""  # names a stand-in in its run folder; empty for the real data
     masks: np.ndarray | None = None  # bool [N, H, W]: where the object is, when that is known
     packed: Any = None  # x as one array, once that has been made
+    n_val: int = 0  # the last of the training rows, which somebody chose for validation
+    names: Sequence[str] = ()  # of each row, in the user's own data: its file, or its line
+    skipped: Sequence[tuple[str, str]] = ()  # what could not be used, and why
 
 
 @dataclass
@@ -625,6 +644,8 @@ class Data:
     first: Tensor  # rows without labels, in the order in which the epochs before the last one read them
     opinions: Tensor  # [len(first), classes]: what is taken for their truth
     masks: np.ndarray | None = None  # bool [N, H, W]: where the object is, when that is known
+    names: Sequence[str] = ()  # of each row, where rows have names
+    weight: Tensor = dataclasses.field(default_factory=lambda: torch.ones(()))  # how much each class counts
 
     def lesson(self, epoch: int, epochs: int) -> tuple[Tensor, Tensor]:
         """What an epoch (counted from 0) of so many trains on: rows, and each row's truth as shares of the classes.
@@ -634,7 +655,7 @@ class Data:
         if len(self.first) and epoch < epochs - 1:
             return self.first.tensor_split(epochs - 1)[epoch], self.opinions.tensor_split(epochs - 1)[epoch]
         rows = self.parts["train"]
-        return rows, F.one_hot(self.labels[rows], len(self.meta["classes"])).float()
+        return rows, (F.one_hot(self.labels[rows], len(self.meta["classes"])) * self.weight).float()
 
     def volume(self, done: int, epochs: int) -> int:
         """Samples that the first `done` of so many epochs train on."""
@@ -654,11 +675,11 @@ class Data:
 # -- splits -----------------------------------------------------------------------------------------------------------
 
 
-def stratified_order(y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def stratified_order(y: np.ndarray, shuffle: Callable[[np.ndarray], Any]) -> np.ndarray:
     """A shuffled order of which every beginning holds the classes in their overall shares."""
     key = np.empty(len(y))
     for label in np.unique(y):
-        rows = rng.permutation(np.flatnonzero(y == label))
+        rows = shuffle(np.flatnonzero(y == label))
         key[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
     return np.argsort(key, kind="stable")
 
@@ -667,8 +688,11 @@ def split_rows(raw: Raw, config: Config) -> dict[str, Tensor]:
     """Train and validation rows out of the official training part; the test part stays whole unless limited."""
     rng = np.random.default_rng(config.seed)
     n_val = max(1, round(raw.n_train * config.val_fraction))
-    order = stratified_order(raw.y[:raw.n_train], rng)
-    test = raw.n_train + stratified_order(raw.y[raw.n_train:], np.random.default_rng(0))  # never depends on the seed
+    order = stratified_order(raw.y[:raw.n_train], rng.permutation)
+    if raw.n_val:
+        order, n_val = np.arange(raw.n_train)[::-1], raw.n_val
+    fixed = np.random.default_rng(0)  # the test part never depends on the seed
+    test = raw.n_train + stratified_order(raw.y[raw.n_train:], fixed.permutation)
     rows = {"train": order[n_val:], "val": order[:n_val], "test": test}
     for part in PARTS:
         if not len(rows[part]):
@@ -686,7 +710,7 @@ def split_rows(raw: Raw, config: Config) -> dict[str, Tensor]:
 def fold_rows(parts: dict[str, Tensor], labels: Tensor, folds: int, seed: int) -> list[dict[str, Tensor]]:
     """Each fold's parts: stratified, every training row validates once, the test part is left alone."""
     rows = parts["train"]
-    order = stratified_order(labels[rows].numpy(), np.random.default_rng(seed))
+    order = stratified_order(labels[rows].numpy(), np.random.default_rng(seed).permutation)
     blocks = [rows[torch.from_numpy(np.sort(block))] for block in np.array_split(order, folds)]
     return [{**parts, "val": block, "train": torch.cat([other for other in blocks if other is not block]).sort().values}
             for block in blocks]
@@ -820,6 +844,18 @@ class Images:
         names = ["darkest quarter", "second quarter", "third quarter", "brightest quarter"]
         return {"brightness": (names, quarters(light))}
 
+    def statistics(self, rows: Tensor) -> dict[str, Tensor]:
+        """What can be said of each of these samples in a number, to notice when others are unlike."""
+        found = defaultdict(list)
+        for some in in_parts(rows, self.pixels):
+            x = self.pixels[some.to(self.pixels.device)].float() / 255
+            found["brightness"].append(x.mean((1, 2, 3)))
+            found["contrast"].append(x.mean(1).flatten(1).std(1))
+            found["detail"].append(x.diff(dim=2).abs().mean((1, 2, 3)) + x.diff(dim=3).abs().mean((1, 2, 3)))
+            if x.shape[1] == 3:
+                found["colour"].append((x.amax(1) - x.amin(1)).mean((1, 2)))
+        return {name: torch.cat(parts).cpu() for name, parts in found.items()}
+
     def show(self, row: int) -> np.ndarray:
         """One picture to look at, [H, W] or [H, W, 3]."""
         return self.pixels[row].permute(1, 2, 0).squeeze(-1).cpu().numpy()
@@ -895,6 +931,8 @@ def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
             picture = picture.convert("RGBA" if clear else "L" if meta["channels"] == 1 else "RGB")
     except FileNotFoundError as problem:
         raise Unreadable("no such file") from problem
+    except Image.UnidentifiedImageError as problem:
+        raise Unreadable("not a picture") from problem
     except Exception as problem:  # a damaged file can raise nearly anything
         raise Unreadable(f"not a picture that can be read ({problem})") from problem
     if clear:  # transparent means white paper
@@ -903,14 +941,6 @@ def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
     x = np.asarray(picture).reshape(side, side, meta["channels"]).transpose(2, 0, 1)
     border = np.median((x[0, 0], x[0, -1], x[0, :, 0], x[0, :, -1]))
     return 255 - x if meta["paper"] and border > 127 else x  # ink on paper, for a model that learnt light on dark
-
-
-def open_images(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
-    """A --predict argument of a model for pictures: (name, sample) for each."""
-    try:
-        return [(argument, read_picture(argument, meta))]
-    except Unreadable as problem:
-        raise UsageError(f"--predict {argument}: {problem}; this run's model reads pictures") from problem
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -974,12 +1004,22 @@ def pack_texts(texts: Sequence[str]) -> Tokens:
     return Tokens(texts, torch.tensor(np.frombuffer(flat, np.intc)), torch.tensor(start), list(numbers))
 
 
+def cut_once(kept: Path, key: str, read: Callable[[], Sequence[str]]) -> Tokens:
+    """The texts that this key stands for, cut into words: from the file that remembers them, or made and remembered."""
+    tokens = Tokens.load(kept, key)
+    if not tokens:
+        tokens = pack_texts(read())
+        with contextlib.suppress(OSError):  # a folder that cannot be written to, or a full disk: then not
+            write_atomically(kept, lambda part: tokens.save(part, key))
+    return tokens
+
+
 def learn_texts(tokens: Tokens, rows: Tensor, config: Config) -> dict[str, Any]:
     """The vocabulary: the commonest words of the training rows that occur at least twice."""
     counts = tokens.of(rows)[0].bincount(minlength=len(tokens.words))
     common = counts.argsort(descending=True, stable=True)[:config.vocabulary]
     known = [tokens.words[i] for i in common[counts[common] > 1].tolist() if tokens.words[i]]
-    return {"vocabulary": known, "max_tokens": config.max_tokens}
+    return {"vocabulary": known, "max_tokens": config.max_tokens, "pairs": 2 ** min(18, (8 * len(known)).bit_length())}
 
 
 class Texts:
@@ -1089,6 +1129,18 @@ class Texts:
         known = torch.zeros(len(rows)).index_add_(0, text, (self.table[number] > UNKNOWN).float())
         return rows[known == 0]
 
+    def statistics(self, rows: Tensor) -> dict[str, Tensor]:
+        """What can be said of each of these samples in a number, to notice when others are unlike."""
+        number, text = self.tokens.of(rows)
+        word, length = self.table[number], self.length[rows].float()
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.zeros(len(rows)).index_add_(0, text, x.float()) / length
+
+        return {"number of words": length, "share of unknown words": mean(word == UNKNOWN),
+                "rarity of words": mean(word.clamp(min=1).log()),
+                "length of words": mean(torch.tensor([len(word) for word in self.tokens.words])[number])}
+
     def slices(self, rows: Tensor) -> dict[str, tuple[list[str], Tensor]]:
         """Ways to divide these samples by something that may matter: names of the groups, and the group of each."""
         no = torch.tensor([word in NEGATIONS or word.endswith(("n't", "n’t")) for word in self.tokens.words])
@@ -1097,21 +1149,6 @@ class Texts:
         names = ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
         return {"length": (names, quarters(self.length[rows])),
                 "negation": (["no word like not", "a word like not"], negated.long())}
-
-
-def open_texts(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
-    """A sentence, or a file with one text a line: (text, text) for each."""
-    with contextlib.suppress(OSError, ValueError):  # a long sentence is no possible file name
-        if argument and Path(argument).is_dir():
-            raise UsageError(f"--predict {argument}: a folder; this run's model reads sentences, or files of lines")
-        if Path(argument).is_file():
-            blob = Path(argument).read_bytes()
-            if b"\0" in blob:
-                raise UsageError(f"--predict {argument}: not a text file; this run's model reads texts")
-            return [(line, line) for line in decode(blob.removeprefix(codecs.BOM_UTF8)).splitlines() if line.strip()]
-    if re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
-        raise UsageError(f"--predict {argument}: no such file; a sentence is given as it is, in quotes")
-    return [(argument, argument)]
 
 
 def word_vectors(ids: Tensor, words: int, size: int, near: int = 5) -> Tensor:
@@ -1546,14 +1583,360 @@ def read_imdb(folder: Path, downloads: Downloads) -> Raw:
         files.append(list_texts(inside / "train" / "unsup"))
     made_of = "\n".join([VERSION, WORD, *(f"{len(found)}\n" + "\n".join(mark for _, mark in found) for found in files)])
     key, kept = hashlib.sha256(made_of.encode("utf-8", "surrogateescape")).hexdigest(), folder / "aclImdb.cut.npz"
-    tokens = Tokens.load(kept, key)
-    if not tokens:
-        tokens = pack_texts([read_text(path) for found in files for path, _ in found])
-        with contextlib.suppress(OSError):  # a folder that cannot be written to, or a full disk: then not
-            write_atomically(kept, lambda part: tokens.save(part, key))
+    tokens = cut_once(kept, key, lambda: [read_text(path) for found in files for path, _ in found])
     official = [len(found) for found in files[:4]] == [12_500] * 4
     name = "IMDb" if official else f"texts in {inside.name}"
     return Raw(name, ["negative", "positive"], tokens.texts, labels, n_train, packed=tokens)
+
+
+# -- the user's own data ----------------------------------------------------------------------------------------------
+
+PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+              "test": "test", "testing": "test"}
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+TEXT_COLUMNS = ("text", "review", "sentence", "content", "comment", "message", "body", "tweet", "document", "title")
+LABEL_COLUMNS = ("label", "class", "target", "sentiment", "category", "rating", "stars", "score", "y")
+
+
+@dataclass
+class Found:
+    """One sample of the user's data before it is read: where, of which class, for which part ("": not said)."""
+
+    name: str
+    label: str
+    part: str
+    content: Any  # a path, or the text itself
+    mark: str = ""  # changes when the file does
+
+
+def visible(folder: Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, in order, without what systems hide in it."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith((".", "__MACOSX"))), key=lambda e: e.name)
+    except OSError as problem:
+        raise DataError(f"cannot read {folder}: {problem.strerror}") from problem
+
+
+def list_samples(root: Path, endings: tuple[str, ...], what: str) -> tuple[list[Found], list[tuple[str, str]]]:
+    """The files of a folder in which each class is a folder, perhaps inside of train, val and test; and the others."""
+    found: list[Found] = []
+    skipped: list[tuple[str, str]] = []
+
+    def walk(folder: Path, label: str, part: str) -> None:
+        for entry in visible(folder):
+            name = Path(entry.path).relative_to(root).as_posix()
+            if entry.is_dir():
+                walk(Path(entry.path), label, part)
+            elif not entry.name.lower().endswith(endings):
+                skipped.append((name, f"its ending is not that of {what}"))
+            else:
+                about = entry.stat()
+                found.append(Found(name, label, part, entry.path, f"{about.st_size} {about.st_mtime_ns}"))
+
+    while len(inside := visible(root)) == 1 and inside[0].is_dir():
+        root = Path(inside[0].path)  # archives often hold one folder around all
+    folders = [entry for entry in inside if entry.is_dir()]
+    parts = [e for e in folders if e.name.lower() in PART_NAMES and any(sub.is_dir() for sub in visible(Path(e.path)))]
+    if not any(PART_NAMES[entry.name.lower()] == "train" for entry in parts):
+        parts = []
+    places = [(one, PART_NAMES[entry.name.lower()]) for entry in parts for one in visible(Path(entry.path))]
+    for one, part in places or [(one, "") for one in folders]:
+        if one.is_dir():
+            walk(Path(one.path), one.name, part)
+    if not found:
+        beside = any(entry.name.lower().endswith(endings) for entry in inside)
+        raise DataError(f"{root} holds {what} but no folder for each class" if beside else
+                        f"{root} holds no {what} in folders; expected one folder a class, as {root / 'cat'}")
+    return found, skipped
+
+
+def arrange(found: list[Found], config: Config) -> list[Found]:
+    """Samples with those for training first, then validation, then test.
+
+    Where no test part is named, one is drawn by the samples' names: what is added later moves few of the others.
+    """
+    def shuffle(rows: np.ndarray) -> list[int]:
+        return sorted(rows.tolist(), key=lambda i: hashlib.blake2b(rest[i].name.encode("utf-8", "replace")).digest())
+
+    rest = [one for one in found if one.part != "val"]
+    if not any(one.part == "test" for one in found):
+        order = stratified_order(np.unique([one.label for one in rest], return_inverse=True)[1], shuffle)
+        for place, i in enumerate(order):
+            rest[i].part = "test" if place < max(1, round(len(rest) * config.test_fraction)) else "train"
+        found = [rest[i] for i in order[::-1]] + [one for one in found if one.part == "val"]
+    return sorted(found, key=lambda one: PARTS.index(one.part or "train"))
+
+
+def own_raw(name: str, x: Any, listed: list[Found], skipped: list[tuple[str, str]]) -> Raw:
+    """The user's samples as a data set, its classes in the order in which people count and spell."""
+    classes = sorted({one.label for one in listed}, key=lambda label: [
+        (int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"(\d+)", label)])
+    if len(classes) < 2:
+        raise DataError(f"{name} has only the class {', '.join(classes)}; at least two are needed")
+    number, parts = {label: i for i, label in enumerate(classes)}, [one.part for one in listed]
+    return Raw(name, classes, x, np.array([number[one.label] for one in listed], dtype=np.int64),
+               len(parts) - parts.count("test"), n_val=parts.count("val"), names=[one.name for one in listed],
+               skipped=skipped)
+
+
+def picture_form(found: list[Found], config: Config) -> dict[str, Any]:
+    """Side and channels for these pictures, from the heads of some of their files."""
+    from PIL import Image
+    sides, grey = [], True
+    for i in np.random.default_rng(0).permutation(len(found))[:1000]:
+        with contextlib.suppress(Exception), Image.open(found[i].content) as file:
+            sides.append(min(file.size))
+            grey = grey and file.mode in ("1", "L", "LA", "I", "F", "I;16")
+    side = config.image_size or min(64, max(8, int(np.median(sides or [64]))))
+    colour = config.colour if config.colour != "auto" else "grey" if grey and sides else "rgb"
+    return {"side": side, "channels": {"grey": 1, "rgb": 3}[colour], "paper": False}
+
+
+def decode_pictures(found: list[Found], form: dict[str, Any], file: typing.IO[bytes]) -> dict[int, str]:
+    """Write the pixels of all pictures that can be read into a file; says which cannot, and why."""
+    def decode(one: Found) -> np.ndarray | str:
+        try:
+            return read_picture(one.content, form)
+        except Unreadable as problem:
+            return str(problem).replace(one.content, Path(one.content).name)
+
+    broken: dict[int, str] = {}
+    with progress_bar(len(found), " pictures") as bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        bar.set_description("decoding")
+        for first in range(0, len(found), 512):  # some at a time: what is decoded waits in memory
+            for i, picture in enumerate(pool.map(decode, found[first:first + 512]), first):
+                if isinstance(picture, str):
+                    broken[i] = picture
+                else:
+                    file.write(picture.tobytes())
+                bar.update()
+    return broken
+
+
+def map_pixels(path: Path, form: dict[str, Any], n: int) -> np.ndarray:
+    """Decoded pictures as an array that the system reads from the disk as it is needed."""
+    return np.memmap(path, np.uint8, "r", shape=(n, form["channels"], form["side"], form["side"]))
+
+
+def decode_once(found: list[Found], form: dict[str, Any], kept: Path) -> tuple[np.ndarray, dict[int, str]]:
+    """All readable pictures as one array, and the others; decoded once, then mapped from a file that remembers them."""
+    made_of = [VERSION, form, [(one.name, one.mark) for one in found]]
+    key, index = hashlib.sha256(json.dumps(made_of).encode()).hexdigest(), kept.with_suffix(".json")
+    with contextlib.suppress(UsageError, OSError, ValueError, KeyError, AttributeError):
+        known = read_json(index)
+        broken = {int(i): why for i, why in known["broken"].items()}
+        if known["key"] == key and kept.stat().st_size == known["size"]:
+            return map_pixels(kept, form, len(found) - len(broken)), broken
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
+        try:
+            with scratch.open("wb") as file:
+                broken = decode_pictures(found, form, file)
+            if len(broken) == len(found):
+                return np.empty((0, 3, 8, 8), np.uint8), broken
+            index.unlink(missing_ok=True)
+            size = scratch.stat().st_size
+            os.replace(scratch, kept)
+            write_json(index, {"key": key, "size": size, "broken": broken})
+        finally:
+            scratch.unlink(missing_ok=True)
+        return map_pixels(kept, form, len(found) - len(broken)), broken
+    except OSError:  # a folder that cannot be written to, or a full disk: then in memory, and again the next time
+        memory = io.BytesIO()
+        broken = decode_pictures(found, form, memory)
+        shape = (len(found) - len(broken), form["channels"], form["side"], form["side"])
+        return np.frombuffer(memory.getbuffer(), np.uint8).reshape(shape), broken
+
+
+def read_pictures(config: Config, say: Callable[[str], Any]) -> Raw:
+    """The user's folder of pictures, one folder a class, perhaps inside of train, val and test."""
+    root = Path(config.data).expanduser()
+    if not root.is_dir():
+        raise DataMissing(f"--data {root}: " + ("a file; unpack it, and give the folder" if root.exists() else
+                                                "no such folder"))
+    found, skipped = list_samples(root, PICTURES, "pictures (" + ", ".join(PICTURES[:4]) + " ...)")
+    listed = arrange(found, config)
+    form = picture_form(listed, config)
+    mark = hashlib.sha256(f"{root.resolve()} {form}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    pixels, broken = decode_once(listed, form, config.data_path / "decoded" / f"{root.resolve().name}-{mark}.pixels")
+    if not len(pixels):
+        raise DataError(f"none of the {len(listed)} pictures in {root} can be read; the first: {broken[0]}")
+    skipped += [(listed[i].name, why) for i, why in broken.items()]
+    good = [one for i, one in enumerate(listed) if i not in broken]
+    return own_raw(root.resolve().name, pixels, good, skipped)
+
+
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The rows of a table, CSV, TSV or JSON lines, as column -> value; and the lines that are none."""
+    try:
+        blob = path.read_bytes()
+    except OSError as problem:
+        raise DataMissing(f"--data {path}: {problem.strerror}") from problem
+    wide = blob.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = (blob.decode("utf-16", "replace") if wide else decode(blob.removeprefix(codecs.BOM_UTF8))).replace("\0", " ")
+    skipped: list[tuple[str, str]] = []
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError):
+                row = ()
+            if isinstance(row, dict):
+                rows.append({str(key): value for key, value in row.items()} | {LINE: number})
+            elif row is not None:
+                skipped.append((f"line {number}", "not a JSON object"))
+        return rows, skipped
+    csv.field_size_limit(2**31 - 1)
+    first = text.partition("\n")[0]
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    head = [cell.strip() for cell in lines[0][1]] if lines else []
+    known = {name.lower() for name in head} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
+    repeated = any(cells[i] == cell for _, cells in lines[1:1000] for i, cell in enumerate(head) if i < len(cells))
+    if not known and (repeated or max(map(len, head), default=0) > 60):  # the first line is data, like the others
+        head = [f"{i}" for i in range(1, len(head) + 1)]
+    else:
+        del lines[:1]
+    return [dict(zip(head, cells, strict=False)) | {LINE: number} for number, cells in lines], skipped
+
+
+LINE = "\0line"  # the key under which a row keeps where it stood; no column can have this name
+
+
+def find_columns(rows: list[dict[str, Any]], path: Path, text: str, label: str,
+                 labelled: bool = True) -> tuple[str, str]:
+    """The columns with the text and the class: those named, else those with usual names, else by what they hold."""
+    columns = [name for name in dict.fromkeys(key for row in rows[:1000] for key in row) if name != LINE]
+    for flag, name in (("--text-column", text), ("--label-column", label)):
+        if name and name not in columns:
+            raise UsageError(f"{flag} {name}: {path} has no such column{nearest(name, columns)}; it has "
+                             + textwrap.shorten(", ".join(columns), 200, placeholder=" ..."))
+    usual = {name.lower(): name for name in reversed(columns)}
+    some = rows[:2000]
+
+    def length(name: str) -> float:
+        return float(np.mean([len(str(row.get(name) or "")) for row in some]))
+
+    def variety(name: str) -> int:
+        return len({str(row.get(name)) for row in some})
+
+    label = label or next((usual[name] for name in LABEL_COLUMNS if name in usual and usual[name] != text), "")
+    others = [name for name in columns if name not in (text, label)]
+    text = text or next((usual[name] for name in TEXT_COLUMNS if usual.get(name) in others), "")
+    text = text or max(others, key=length, default="")
+    label = label or min((name for name in others if name != text and variety(name) > 1), key=variety, default="")
+    if not text or (labelled and not label):
+        raise DataError(f"{path}: no column with {'classes' if text else 'texts'} was found; name it with "
+                        f"{'--label-column' if text else '--text-column'}")
+    return text, label
+
+
+def list_rows(path: Path, config: Config) -> tuple[list[Found], list[tuple[str, str]]]:
+    """The samples of a table, each named by its line; and what is none."""
+    rows, skipped = read_rows(path)
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    text, label = find_columns(rows, path, config.text_column, config.label_column)
+    split = next((name for name in rows[0] if name.lower() in ("split", "part", "subset")), "")
+    if {str(row.get(split)).strip().lower() for row in rows} - {*PART_NAMES}:
+        split = ""  # it means something else
+    found = []
+    for row in rows:
+        name, said, content = f"line {row[LINE]}", row.get(label), row.get(text)
+        said = "" if said is None else str(said).strip()
+        if not said or isinstance(row[label], dict | list):
+            skipped.append((name, f"no class in the column {label}"))
+        elif not isinstance(content, str) or not content.strip():
+            skipped.append((name, f"no text in the column {text}"))
+        else:
+            found.append(Found(name, said, PART_NAMES[str(row[split]).strip().lower()] if split else "", content))
+    kinds = len({one.label for one in found})
+    if kinds > max(50, len(found) // 4) or kinds > 2000:
+        raise UsageError(f"{path}: the column {label} has {kinds:,} different values in {len(found):,} rows; is it the "
+                         "class? Name another with --label-column")
+    return found, skipped
+
+
+def read_table(config: Config, say: Callable[[str], Any]) -> Raw:
+    """The user's texts: a table with a column of texts and one of classes, or .txt files in a folder a class."""
+    path = Path(config.data).expanduser()
+    if not path.exists():
+        raise DataMissing(f"--data {path}: no such file or folder")
+    if path.is_dir():
+        found, skipped = list_samples(path, (".txt",), "texts (.txt)")
+        for one in found:
+            one.content = read_text(one.content)
+        skipped += [(one.name, "no text in it") for one in found if not one.content.strip()]
+        found = [one for one in found if one.content.strip()]
+    else:
+        found, skipped = list_rows(path, config)
+    if not found:
+        raise DataError(f"{path}: none of the {len(skipped):,} samples can be used; the first: {skipped[0][1]}")
+    listed = arrange(found, config)
+    texts = [one.content.replace("\0", " ") for one in listed]
+    raw = own_raw(path.resolve().stem, texts, listed, skipped)
+    if sum(map(len, texts)) > 5_000_000:  # cutting takes seconds
+        key = hashlib.sha256("\0".join([VERSION, WORD, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
+        with contextlib.suppress(OSError):
+            (config.data_path / "decoded").mkdir(parents=True, exist_ok=True)
+        raw.packed = cut_once(config.data_path / "decoded" / f"{raw.name}.cut.npz", key, lambda: texts)
+        raw.x = raw.packed.texts
+    return raw
+
+
+# -- what is to be predicted ------------------------------------------------------------------------------------------
+
+
+def open_images(argument: str, meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The pictures that a --predict argument stands for, a file or a folder: (name, sample, or why it is none)."""
+    place = Path(argument)
+    if not place.exists():
+        raise UsageError(f"--predict {argument}: no such file; this run's model reads pictures")
+    files = [place]
+    if place.is_dir():
+        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+
+    def read(path: Path) -> Any:
+        try:
+            return read_picture(path, meta)
+        except Unreadable as problem:
+            return problem
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(files), 256):  # some at a time: what is decoded waits in memory
+            some = files[first:first + 256]
+            yield from zip(map(str, some), pool.map(read, some), strict=True)
+
+
+def open_texts(argument: str, meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The texts that a --predict argument stands for: itself, lines of a file, rows of a table, files of a folder."""
+    place = Path(argument)
+    try:
+        kind = "folder" if argument and place.is_dir() else "file" if place.is_file() else ""
+    except (OSError, ValueError):
+        kind = ""  # a long sentence is no possible file name
+    if kind == "folder":
+        yield from ((str(path), read_text(str(path))) for path in sorted(place.rglob("*.txt")))
+    elif kind and place.suffix.lower() in (".csv", ".tsv", ".jsonl", ".ndjson", ".json"):
+        rows, broken = read_rows(place)
+        column = find_columns(rows, place, meta.get("text_column", ""), "", labelled=False)[0]
+        for row in rows:
+            text = row.get(column)
+            yield f"line {row[LINE]}", text if isinstance(text, str) and text.strip() else Unreadable("no text")
+        yield from ((name, Unreadable(why)) for name, why in broken)
+    elif kind:
+        blob = place.read_bytes()
+        if b"\0" in blob:
+            raise UsageError(f"--predict {argument}: not a text file; this run's model reads texts")
+        yield from ((line, line) for line in decode(blob.removeprefix(codecs.BOM_UTF8)).splitlines() if line.strip())
+    elif re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
+        raise UsageError(f"--predict {argument}: no such file; a sentence is given as it is, in quotes")
+    else:
+        yield argument, argument
 
 
 # -- the stand-ins: deterministic, made in seconds, worth training on -------------------------------------------------
@@ -1633,7 +2016,7 @@ def make_digits() -> Raw:
     """MNIST's stand-in: scikit-learn's 1,797 real handwritten digits, enlarged from 8x8 to 28x28."""
     from sklearn.datasets import load_digits
     digits = load_digits()
-    order = stratified_order(digits.target, np.random.default_rng(0))  # a fixed test part: the first fifth
+    order = stratified_order(digits.target, np.random.default_rng(0).permutation)  # a fixed test part: the first fifth
     order = np.concatenate((order[360:], order[:360]))
     x = torch.from_numpy(digits.images[order] * (255 / 16)).float()[:, None]
     x = F.pad(F.interpolate(x, (24, 24), mode="bilinear", align_corners=False), (2, 2, 2, 2))
@@ -1813,7 +2196,7 @@ class TextNet(nn.Module):
         super().__init__()
         words = len(meta["vocabulary"]) + 2
         self.embedding = nn.Embedding(words, EMBEDDING, padding_idx=PAD)
-        self.pairs = nn.Embedding(2 ** min(18, (8 * words).bit_length()), PAIRING)
+        self.pairs = nn.Embedding(meta["pairs"], PAIRING)
         nn.init.normal_(self.pairs.weight, std=0.1)
         self.drop = WordDropout(meta["dropout"])
         self.reader = reader
@@ -1899,6 +2282,39 @@ def transformer(meta: dict[str, Any]) -> nn.Module:
     """The same with a small transformer as its reader, whose states are of the same size."""
     width = meta["width"] // 2 * 4  # a multiple of the four ways of looking
     return TextNet(meta, Encoder(width, meta["dropout"]), width)
+
+
+def find_head(model: nn.Module, classes: int) -> str:
+    """The name of the last layer with an output for each class."""
+    return [name for name, layer in model.named_modules()
+            if classes in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))][-1]
+
+
+@torch.no_grad()
+def transplant(model: nn.Module, weights: dict[str, Tensor], known: list[str], classes: list[str]) -> list[str]:
+    """Take over another network's weights; of the last layer those of classes that both know. Says what stayed new.
+
+    A larger vocabulary begins with the words of the smaller; a picture of one channel is one with three equal ones.
+    """
+    head, fresh = find_head(model, len(classes)), []
+    for name, own in model.state_dict().items():
+        there = weights.get(name)
+        if there is None:
+            fresh.append(name)
+            continue
+        if own.ndim == 4 and own.shape[1] == 1 and there.shape[1] == 3:
+            there = there.sum(1, keepdim=True)
+        if name.rpartition(".")[0] == head and known != classes:
+            for i, label in enumerate(classes):
+                if label in known and there[known.index(label)].shape == own[i].shape:
+                    own[i] = there[known.index(label)]
+        elif there.shape == own.shape:
+            own.copy_(there)
+        elif name == "embedding.weight" and len(there) <= len(own):
+            own[:len(there)] = there
+        else:
+            fresh.append(name)
+    return fresh
 
 
 @contextlib.contextmanager
@@ -2570,6 +2986,28 @@ def group_accuracy(right: Tensor, group: Tensor, names: list[str]) -> tuple[list
     return rows, chance
 
 
+def remember(statistics: dict[str, Tensor]) -> dict[str, list[float]]:
+    """How each statistic is distributed, in at most 1,000 numbers each."""
+    shares = torch.linspace(0, 1, min(1000, *map(len, statistics.values())), dtype=torch.float64)
+    return {name: [float(f"{value:.5g}") for value in values.double().quantile(shares).tolist()]
+            for name, values in statistics.items()}
+
+
+def measure_drift(reference: dict[str, list[float]], now: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """How unlike the reference each statistic is: Kolmogorov and Smirnov's two-sample test, corrected for their number.
+
+    With thousands of samples differences are found that do not matter: at least a tenth must lie elsewhere.
+    """
+    from scipy.stats import ks_2samp
+    found = []
+    for name, before in reference.items():
+        test = ks_2samp(before, now[name].numpy())
+        p = min(1.0, float(test.pvalue) * len(reference))
+        found.append({"statistic": name, "distance": float(test.statistic), "p": p, "median": float(now[name].median()),
+                      "before": float(np.median(before)), "drifted": p < 0.01 and test.statistic > 0.1})
+    return sorted(found, key=lambda row: -row["distance"])
+
+
 def coverage(confidence: Tensor, right: Tensor) -> list[dict[str, Any]]:
     """How many predictions are at least so sure, and how often these are right."""
     rows = []
@@ -3094,8 +3532,8 @@ def plot_image_samples(pictures: list[np.ndarray], verdicts: Sequence[Verdict | 
             plot_picture(sheet.cell(figure, *divmod(i, 6)), picture, verdict)
 
 
-def plot_image_maps(pictures: list[np.ndarray], verdicts: list[Verdict], maps: list[dict[str, np.ndarray]], path: Path,
-                    title: str) -> None:
+def plot_image_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict | Caption],
+                    maps: list[dict[str, np.ndarray]], path: Path, title: str) -> None:
     """Each picture beside itself under each of its maps, six panels a line; an empty map leaves it as it is."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -3164,8 +3602,8 @@ def shade(words: list[tuple[str, float]]) -> list[tuple[str, float]]:
 TINTS = {True: (213, 94, 0), False: (0, 114, 178)}  # of words that speak for, and against
 
 
-def plot_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
-                      title: str) -> None:
+def plot_text_weights(texts: list[str], verdicts: Sequence[Verdict | Caption], maps: list[list[tuple[str, float]]],
+                      path: Path, title: str) -> None:
     """The words of each text shaded where they weigh more than the average; of a long one, the strongest passages."""
     from matplotlib.font_manager import FontProperties
     font, room, line_height = FontProperties(family="DejaVu Sans", size=9.5), 1130, 34  # room and height in pixels
@@ -3390,15 +3828,15 @@ def html_figure(picture: Path, finding: str) -> str:
             f"<figcaption>{html.escape(finding)}</figcaption></figure>")
 
 
-def write_text_weights(texts: list[str], verdicts: list[Verdict], maps: list[list[tuple[str, float]]], path: Path,
-                       title: str) -> None:
+def write_text_weights(texts: list[str], verdicts: Sequence[Verdict | Caption], maps: list[list[tuple[str, float]]],
+                       path: Path, title: str) -> None:
     """The same as a page: all that the model read, to select and search, with each word's weight under the pointer."""
     parts = []
     for verdict, words in zip(verdicts, maps, strict=True):
         marked = [f'<mark style="--tint:{" ".join(map(str, TINTS[dark > 0]))};--dark:{abs(dark):.2f}" '
                   f'title="weight {weight:.1%}">{html.escape(word)}</mark>'
                   if dark else html.escape(word) for (word, dark), (_, weight) in zip(shade(words), words, strict=True)]
-        tone = "right" if verdict.true == verdict.predicted else "wrong"
+        tone = "right" if verdict.colour == BLUE else "wrong"
         parts.append(f'<h2 class="{tone}">{html.escape(verdict.line)}</h2>\n<p>{" ".join(marked)}</p>')
     write_page(path, title, "\n".join(parts), "text")
 
@@ -3420,7 +3858,7 @@ class Kind:
     pack: Callable[[Any], Any]  # as they come -> one array
     learn: Callable[..., dict[str, Any]]  # what the training rows teach: mean and deviation, or vocabulary
     samples: Callable[..., Any]  # the array and what was learnt -> batches
-    open: Callable[..., list[tuple[str, Any]]]  # a --predict argument -> (name, sample) pairs
+    open: Callable[..., Iterator[tuple[str, Any]]]  # a --predict argument -> names, each with a sample, or Unreadable
     models: dict[str, Callable[[dict[str, Any]], nn.Module]]
     explain: Callable[..., dict[str, Tensor]]  # (model, batch, classes) -> {method: how much each part matters}
     dress: Callable[..., list[Any]]  # (samples, rows, the classes' names, maps for each of them) -> for plot_maps
@@ -3548,17 +3986,30 @@ KINDS = {
                  phrase_yardstick, start_texts, text_seconds, write_text_weights, hint_texts)}
 
 
+def suit_pictures(samples: int, side: int) -> dict[str, Any]:
+    """Settings for the user's pictures, however many and large."""
+    return {"batch_size": max(16, min(128, samples // 20)), "epochs": max(8, min(60, 120_000 // samples)), "width": 32}
+
+
+def suit_texts(samples: int, side: int) -> dict[str, Any]:
+    """Settings for the user's texts, however many."""
+    return {"batch_size": max(8, min(64, samples // 40)), "epochs": max(3, min(20, 40_000 // samples)),
+            "schedule": "cosine"}
+
+
 @dataclass(frozen=True)
 class Task:
     """One entry of the task table."""
 
     kind: str
-    real: Callable[[Path, Downloads], Raw]  # from the data folder, or downloaded; else DataMissing
+    real: Callable[[Path, Downloads], Raw] | None  # from the data folder, or downloaded; else DataMissing
     offline: Callable[[], Raw] | None  # a stand-in, where there is one
     defaults: dict[str, Any]  # Config settings
     offline_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its own model, on the stand-in
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
     paper: bool = False  # pictures are light on dark, but people will give dark on light
+    own: Callable[[Config, Callable[[str], Any]], Raw] | None = None  # in place of `real`: the user's, from --data
+    suit: Callable[[int, int], dict[str, Any]] = lambda samples, side: {}  # settings for so many training samples
 
 
 TASKS = {
@@ -3570,6 +4021,9 @@ TASKS = {
                   {"shift": 2, "rotate": 10, "scale": 0.12, "shear": 0.12, "elastic": 0.4}, paper=True),
     "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm"},
                       {"epochs": 5, "batch_size": 32, "dropout": 0.2}),
+    "images": Task("image", None, None, {"model": "fast"}, augment={"flip": True, "shift": 2}, own=read_pictures,
+                   suit=suit_pictures),
+    "text": Task("text", None, None, {"model": "lstm"}, own=read_table, suit=suit_texts),
 }
 
 RECIPES: dict[str, dict[str, Any]] = {  # Config settings that suit a model; "" is any other
@@ -3609,17 +4063,109 @@ EXPLANATIONS = {"gradcam": ("Grad-CAM", "where the network saw evidence for a cl
                                                      "(blue)")}
 
 
-def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False) -> Config:
+PUBLISHED = {"mean": [0.485, 0.456, 0.406], "deviation": [0.229, 0.224, 0.225]}  # what torchvision's weights expect
+
+
+def load_ancestor(init: str, kind: str) -> dict[str, Any]:
+    """The model.pt of --init: weights, and what they expect."""
+    run = Path(init).expanduser()
+    try:
+        saved = load_file(run / "model.pt")
+    except UsageError as problem:
+        raise UsageError(f"--init {run}: {problem}") from problem
+    if saved["meta"]["kind"] != kind:
+        raise UsageError(f"--init {run}: its network reads {saved['meta']['kind']}s, and this task has {kind}s")
+    return saved
+
+
+def inherit(learnt: dict[str, Any], config: Config) -> dict[str, Any]:
+    """What the training rows taught, as weights from elsewhere expect it."""
+    if config.pretrained and learnt["channels"] == 3:
+        return learnt | PUBLISHED
+    if not config.init:
+        return learnt
+    old = load_ancestor(config.init, TASKS[config.task].kind)["meta"]
+    if "vocabulary" in learnt:
+        words = {**dict.fromkeys(old["vocabulary"]), **dict.fromkeys(learnt["vocabulary"])}
+        return learnt | {"vocabulary": list(words), "pairs": old["pairs"]}
+    if old["channels"] != learnt["channels"]:
+        raise UsageError(f"--init {config.init}: trained on pictures with {old['channels']} channels, these have "
+                         f"{learnt['channels']}")
+    return learnt | {key: old[key] for key in ("mean", "deviation", "patches")}
+
+
+def load_published(config: Config) -> dict[str, Tensor]:
+    """A torchvision model's published weights: from --data-dir, from PyTorch's cache, or downloaded into that."""
+    from torchvision.models import get_model_weights
+    best = list(get_model_weights(config.model))[-1]
+    name = best.url.rpartition("/")[2]
+    place = config.data_path if (config.data_path / name).exists() else Path(torch.hub.get_dir()) / "checkpoints"
+    url = f"{config.mirror.rstrip('/')}/{name}" if config.mirror else best.url
+    by_hand = f"get {best.url} and put it into {config.data_path.resolve()} by hand"
+    path, before, checksum = place / name, socket.getdefaulttimeout(), name.rpartition("-")[2].partition(".")[0]
+    if not path.exists() and config.dry_run:
+        raise DataMissing(f"{path} is not there, and a dry run downloads nothing; {by_hand}")
+    socket.setdefaulttimeout(STALL)
+    try:
+        if not path.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), checksum, progress=sys.stderr.isatty())
+        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(checksum):
+            raise DataError(f"{path} is damaged; delete it and run again")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as problem:
+        raise DataMissing(f"could not download {name} ({str(problem).splitlines()[0]}); {by_hand}") from problem
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def take_over(model: nn.Module, config: Config, classes: list[str]) -> str:
+    """Start from the weights that --init or --pretrained names; says so."""
+    if config.pretrained:
+        weights, known, source = load_published(config), [], "published weights"
+    else:
+        saved = load_ancestor(config.init, TASKS[config.task].kind)
+        weights, known, source = saved["weights"], saved["meta"]["classes"], f"the weights of {config.init}"
+    device = next(model.parameters()).device
+    fresh = transplant(model, {name: value.to(device) for name, value in weights.items()}, known, classes)
+    if fresh and config.init:
+        raise UsageError(f"--init {config.init}: its {fresh[0]} does not fit; pictures must be of the same size")
+    shared = sum(name in known for name in classes)
+    return f"{source}; " + ("all classes known" if known == classes else f"{shared} of {len(classes)} classes known")
+
+
+def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False, suited: dict[str, Any] | None = None,
+           ) -> Config:
     """The task's defaults, overridden by a saved run, overridden by the flags given."""
     name = str({**saved, **given}.get("task", "cifar10"))
     if name not in TASKS:
         raise UsageError(f"--task {name}: choose from {', '.join(TASKS)}, all{nearest(name, [*TASKS, 'all'])}")
     task = TASKS[name]
     dry = {"epochs": 1, "limit": 64} if given.get("dry_run") else {}
-    model = str({**task.defaults, **saved, **given}["model"])
+    known = {**task.defaults, **saved, **given}
+    old = load_ancestor(str(known["init"]), task.kind)["meta"] if known.get("init") else {}
+    like = {key: old[key] for key in ("model", "width") if old}
+    if old and task.own and task.kind == "image":
+        like |= {"image_size": old["side"], "colour": {1: "grey", 3: "rgb"}[old["channels"]]}
+    if unlike := [key for key in ("model", "width") if given.get(key, like.get(key)) != like.get(key) and old]:
+        raise UsageError(f"--init {known['init']}: its {unlike[0]} is {old[unlike[0]]}; leave out "
+                         f"{flag_name(unlike[0])}")
+    model = str({**known, **like}["model"])
     small = task.offline_defaults if stand_in and model == task.defaults["model"] else {}
-    defaults = {**RECIPES.get(model, RECIPES[""]), **task.defaults, **small}
+    defaults = {**RECIPES.get(model, RECIPES[""]), **task.defaults, **small, **(suited or {}), **like}
+    if old or known.get("pretrained"):  # what has been learnt must not be shaken off in the first steps
+        defaults["lr"] = defaults.get("lr", Config.lr) * (0.3 if old else 0.1)
     config = Config(**{**defaults, **saved, **dry, **given})
+    if config.pretrained and (config.model in KINDS[task.kind].models or task.kind != "image"):
+        raise UsageError(f"--pretrained: no weights of {config.model} are published; take a torchvision model, for "
+                         "example --task images --model resnet18")
+    sources = ("auto", "real", "offline")
+    if task.own and config.data in (*sources, ""):
+        raise UsageError(f"--task {name} needs your own data: give --data FOLDER" + " or --data FILE.csv" * (
+            task.kind == "text"))
+    if not task.own and config.data not in sources:
+        raise UsageError(f"--data {config.data}: choose from {', '.join(sources)}{nearest(config.data, sources)}; your "
+                         "own data needs --task images or --task text")
     check_model(config.model, KINDS[task.kind].models, with_torchvision=task.kind == "image")
     return config
 
@@ -3627,11 +4173,14 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False)
 def load_raw(config: Config, log: Log) -> Raw:
     """The data set as --data wants it; a dry run never downloads, and says in the data's name that it was one."""
     task = TASKS[config.task]
-    if config.data == "offline":
+    if task.own:
+        raw = task.own(config, log)
+    elif config.data == "offline":
         if not task.offline:
             raise UsageError(f"--data offline: {config.task} has no built-in data")
         raw = task.offline()
     else:
+        assert task.real
         try:
             raw = task.real(config.data_path, Downloads(not config.dry_run, config.mirror, log))
         except DataMissing as problem:
@@ -3642,12 +4191,19 @@ def load_raw(config: Config, log: Log) -> Raw:
     return dataclasses.replace(raw, name=f"{raw.name}, dry run") if config.dry_run else raw
 
 
+def settled_data(config: Config, stand_in: bool) -> str:
+    """What --data came to mean."""
+    if TASKS[config.task].own:
+        return str(Path(config.data).expanduser().resolve())
+    return "offline" if stand_in else "real"
+
+
 def load_together(config: Config, log: Log, world: World) -> Raw:
     """The data set in every process; the first of each machine gets it, the others find it there."""
     raw = load_raw(config, log) if world.local == 0 else None
     stand_in = world.share(bool(raw.slug) if raw else None)
     if raw is None:
-        raw = load_raw(dataclasses.replace(config, data="offline" if stand_in else "real"), log)
+        raw = load_raw(dataclasses.replace(config, data=settled_data(config, stand_in)), log)
     mine = (raw.name, len(raw.x), hashlib.sha256(raw.y.tobytes()).hexdigest())
     if others := [other for other in world.gather(mine) if other != mine]:
         raise DataError(f"process {world.rank} has {raw.name} with {len(raw.x)} samples, another has other data "
@@ -3663,15 +4219,21 @@ def build_data(raw: Raw, config: Config, parts: dict[str, Tensor] | None = None)
     raw.packed = packed = kind.pack(raw.x) if raw.packed is None else raw.packed
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name, "stand_in": bool(raw.slug),
             "classes": raw.classes, "model": config.model, "dropout": config.dropout, "paper": task.paper,
-            **kind.learn(packed, parts["train"], config), "augment": task.augment if config.augment else {},
-            "width": config.width, "views": config.views}
+            **inherit(kind.learn(packed, parts["train"], config), config), "width": config.width, "views": config.views,
+            "augment": {key: value for key, value in task.augment.items() if config.augment and (
+                config.flip or key != "flip")}}
     rng = np.random.default_rng(config.seed)
     passes = config.unlabelled if config.epochs > 1 else 0  # the last epoch is for those with labels
     first = torch.cat([parts["train"][:0], *(torch.from_numpy(rng.permutation(parts["unlabelled"]))
                                              for _ in range(math.ceil(passes)))])
     first = first[:round(passes * len(parts["unlabelled"]))]
-    return Data(raw.name, raw.slug, kind.samples(packed, meta), torch.from_numpy(raw.y.astype(np.int64)), parts, meta,
-                first, torch.full((len(first), len(raw.classes)), 1 / len(raw.classes)), raw.masks)
+    labels, classes = torch.from_numpy(raw.y.astype(np.int64)), len(raw.classes)
+    weight = torch.ones(classes)
+    if config.class_weights == "balanced":
+        times = labels[parts["train"]].bincount(minlength=classes)
+        weight = len(parts["train"]) / (classes * times.clamp(min=1))
+    return Data(raw.name, raw.slug, kind.samples(packed, meta), labels, parts, meta, first,
+                torch.full((len(first), classes), 1 / classes), raw.masks, raw.names, weight)
 
 
 def build_model(meta: dict[str, Any]) -> nn.Module:
@@ -3983,13 +4545,17 @@ def write_tables(folder: Path, found: Findings) -> None:
                  found.rows.tolist(), found.y.tolist(), found.predicted.tolist(), found.confidence.tolist(),
                  found.shares.tolist(), strict=True)]
     head = ["row", "true", "predicted", "confidence", "correct", *(f"p_{name}" for name in classes)]
-    write_csv(folder / "predictions.csv", head, lines)
+    names, named = found.data.names, ["name"] if len(found.data.names) else []
+    write_csv(folder / "predictions.csv", [*head, *named], [line + [names[line[0]] for _ in named] for line in lines])
     write_csv(folder / "classes.csv", ["class", *found.each[0]],
               [[name, *("" if value is None else value for value in row.values())]
                for name, row in zip(classes, found.each, strict=True)])
-    write_csv(folder / "faults.csv", ["fault", "part", "row", "label", "other_row", "other_class", "value"],
+    write_csv(folder / "faults.csv", ["fault", "part", "row", "label", "other_row", "other_class", "value",
+                                      *(column for name in named for column in (name, f"other_{name}"))],
               [[f.kind, f.part, f.row, classes[f.label], f.other if "repeat" in f.kind else "",
-                classes[f.other] if f.kind == "suspect label" else "", f"{f.value:.4f}"] for f in found.faults])
+                classes[f.other] if f.kind == "suspect label" else "", f"{f.value:.4f}",
+                *(column for _ in named for column in (names[f.row], names[f.other] if "repeat" in f.kind else ""))]
+               for f in found.faults])
     text = classification_report(found.y, found.predicted, labels=list(range(len(classes))), target_names=classes,
                                  digits=4, zero_division=0)
     (folder / "classification_report.txt").write_text(f"{found.title}\n\n{text}", "utf-8")
@@ -4198,7 +4764,17 @@ def say_faults(m: dict[str, Any], found: Findings) -> list[str]:
                 "without having learnt from them. It may be the network that errs."
                 + (" The surest are below, all in faults.csv." if m["suspect_labels"] else ""))
     said.append(f"Empty samples: {m['empty_samples']:,}.")
+    if m["skipped"]:
+        said.append(f"{count(m['skipped'], 'file or line', 'files or lines')} could not be used, and took no part: "
+                    "skipped.csv says which and why.")
     return said
+
+
+def say_skipped(skipped: Sequence[tuple[str, str]]) -> str:
+    """How many could not be used, and why, the commonest reasons first."""
+    reasons = Counter(re.sub(r"\s*\(.*\)$", "", why) for _, why in skipped).most_common(4)
+    return f"{count(len(skipped), 'sample')} that could not be used: " + ", ".join(
+        f"{n:,} {why}" for why, n in reasons) + (" ..." if len(reasons) == 4 else "")
 
 
 def fraction(value: float | None) -> str:
@@ -4517,22 +5093,130 @@ class Predictor:
         return probabilities(logits, self.meta["temperature"])
 
 
-def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log) -> None:
-    """Class and probability for pictures or texts."""
-    if unfit := set(given) - {"device", "precision"}:
+@dataclass
+class Survey:
+    """Predictions for any number of inputs, some at a time, and what is remembered of them all."""
+
+    ready: Predictor
+    problems: list[tuple[str, Unreadable]] = dataclasses.field(default_factory=list)  # what could not be read
+    times: Counter[str] = dataclasses.field(default_factory=Counter)  # how often each class was predicted
+    seen: dict[str, list[Tensor]] = dataclasses.field(default_factory=lambda: defaultdict(list))  # for the drift
+
+    def predict(self, arguments: list[str], size: int = 1024) -> Iterator[tuple[list[str], Images | Texts, Tensor]]:
+        """Names, samples and probabilities of what these arguments stand for; UsageError if it is nothing."""
+        ready = self.ready
+        pairs = itertools.chain.from_iterable(ready.kind.open(argument, ready.meta) for argument in arguments)
+        with progress_bar(0, " inputs") as bar:
+            while block := list(itertools.islice(pairs, size)):
+                self.problems += [pair for pair in block if isinstance(pair[1], Unreadable)]
+                if good := [pair for pair in block if not isinstance(pair[1], Unreadable)]:
+                    samples = ready.pack([sample for _, sample in good])
+                    shares = ready.shares(samples)
+                    about = samples.statistics(torch.arange(len(good)))
+                    for name, values in {**about, "confidence": shares.amax(1)}.items():
+                        self.seen[name].append(values)
+                    self.times.update(ready.classes[i] for i in shares.argmax(1).tolist())
+                    yield [name for name, _ in good], samples, shares
+                bar.update(len(block))
+        if not self.times:
+            name, problem = self.problems[0] if self.problems else (" ".join(arguments), "nothing to predict in there")
+            raise UsageError(f"--predict {name}: {problem}; this run's model reads "
+                             f"{'pictures' if ready.meta['kind'] == 'image' else 'texts'}")
+
+    def say_drift(self) -> str:
+        """Whether what came in looks like what the model was tested on; nothing of a few inputs."""
+        n = self.times.total()
+        if n < 30:
+            return ""
+        found = measure_drift(self.ready.meta["reference"], {name: torch.cat(some) for name, some in self.seen.items()})
+        drifted = [f"{row['statistic']} {row['median']:.3g} in the middle, tested on {row['before']:.3g} "
+                   f"({chance(row['p'])})" for row in found if row["drifted"]]
+        if drifted:
+            return (f"WARNING  these {n:,} inputs are unlike those that the model was tested on, so that its test "
+                    "accuracy\n         does not hold for them: " + ";\n         ".join(drifted))
+        return (f"Drift         none shown: these {n:,} inputs are like the test part in "
+                f"{', '.join(row['statistic'] for row in found)}")
+
+
+def say_prediction(ready: Predictor, samples: Images | Texts, row: int, name: str, share: Tensor) -> str:
+    """One prediction in words."""
+    order = share.argsort(descending=True)[:3].tolist()
+    shown = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
+    first, *others = (f"{ready.classes[i]} {share[i]:.1%}" for i in order)
+    hint = ready.kind.hint(ready.model, samples, row)
+    return f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}" + (f"\n{'':20} {hint}" if hint else "")
+
+
+def draw_reasons(ready: Predictor, names: list[str], samples: Images | Texts, shares: Tensor,
+                 beside: Path) -> list[Path]:
+    """The explanations of the first inputs, as figures and pages beside the table of predictions."""
+    kind, rows = ready.kind, torch.arange(min(len(names), ready.kind.shown[0]))
+    labels = shares[rows].argmax(1)
+    said = [f"{ready.classes[i]} {share[i]:.0%}" for i, share in zip(labels.tolist(), shares, strict=False)]
+    if ready.meta["kind"] == "image":
+        said = [f"{Path(name).name[-22:]}\n{line}" for name, line in zip(names, said, strict=False)]
+    written = []
+    for name, maps in kind.explain(ready.model, samples.batch(rows), labels.to(ready.runtime.device)).items():
+        method, what = EXPLANATIONS[name]
+        drawn = kind.dress(samples, rows, [[ready.classes[i]] for i in labels.tolist()], maps[None])
+        heading = f"{ready.run.name} · {ready.meta['model']}\n{method}: {what}\nthe first {count(len(rows), 'input')}"
+        for write, ending in ((kind.plot_maps, ".png"), (kind.page, ".html")):
+            if write:
+                written.append(beside.with_name(f"{beside.stem}-{name}{ending}"))
+                write([samples.show(row) for row in rows.tolist()], [Caption(line, BLUE) for line in said], drawn,
+                      written[-1], heading)
+    return written
+
+
+def predict_table(arguments: list[str], survey: Survey, output: Path, explain: bool) -> list[Path]:
+    """A line for each input, written some at a time; says which files there are now."""
+    classes, drawn = survey.ready.classes, list[Path]()
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(["name", "predicted", "confidence", *(f"p_{name}" for name in classes), "problem"])
+            for names, samples, shares in survey.predict(arguments):
+                table.writerows([name, classes[int(share.argmax())], *(f"{p:.6f}" for p in (share.max(), *share)), ""]
+                                for name, share in zip(names, shares, strict=True))
+                if explain and not drawn:
+                    drawn.extend(draw_reasons(survey.ready, names, samples, shares, output))
+            table.writerows([name, "", "", *("" for _ in classes), why] for name, why in survey.problems)
+
+    try:
+        write_atomically(output, write)
+    except OSError as problem:
+        raise Failure(f"--output {output}: {problem.strerror}") from problem
+    return [output, *drawn]
+
+
+def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log, output: Path | None = None,
+            explain: bool = False) -> None:
+    """Class and probability for pictures or texts, on the screen or, for any number of them, in a table."""
+    if unfit := set(given) - {"device", "precision", "text_column"}:
         raise UsageError(f"--predict takes its settings from the run; leave out {flag_name(min(unfit))}")
+    if explain and not output:
+        raise UsageError("--explain needs --output FILE.csv: its figures are put beside that")
     ready = Predictor(run, start_runtime(Config(**{"precision": "fp32", **given})))
-    opened = [pair for argument in arguments for pair in ready.kind.open(argument, ready.meta)]
-    if not opened:
-        raise UsageError(f"--predict {' '.join(arguments)}: nothing to predict in there")
-    samples = ready.pack([sample for _, sample in opened])
-    for row, ((name, _), share) in enumerate(zip(opened, ready.shares(samples), strict=True)):
-        order = share.argsort(descending=True)[:3].tolist()
-        shown = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
-        first, *others = (f"{ready.classes[i]} {share[i]:.1%}" for i in order)
-        log(f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}")
-        if hint := ready.kind.hint(ready.model, samples, row):
-            log(f"{'':20} {hint}")
+    ready.meta["text_column"] = given.get("text_column", "")
+    survey, written = Survey(ready), list[Path]()
+    if output:
+        written = predict_table(arguments, survey, output, explain)
+        common = survey.times.most_common(10)
+        log(f"{count(survey.times.total(), 'prediction')}: {', '.join(f'{n:,} {name}' for name, n in common)}"
+            + (" ..." if len(survey.times) > 10 else ""))
+    else:
+        for names, samples, shares in survey.predict(arguments):
+            for row, (name, share) in enumerate(zip(names, shares, strict=True)):
+                log(say_prediction(ready, samples, row, name, share))
+    for name, why in survey.problems[:5]:
+        log(f"WARNING  {name}: {why}")
+    if (more := len(survey.problems) - 5) > 0:
+        log(f"WARNING  and {more:,} more that could not be read")
+    if said := survey.say_drift():
+        log(said)
+    for path in written:
+        log(f"Written       {path.resolve()}")
     if ready.meta["stand_in"]:
         log(f"Note: this model was trained on {ready.meta['dataset']}")
 
@@ -4579,12 +5263,14 @@ def finish(folder: Path, state: State, data: Data, config: Config, runtime: Runt
     state.model.load_state_dict(state.best_weights)
     truth = data.labels[held.rows]
     data.meta["temperature"] = temperature = fit_temperature(held.logits, truth)
-    save_model(folder / "model.pt", state.best_weights, data.meta)
     rows = data.parts["train"]
     some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), GLANCE)).long()]
     seen = measure(compute_logits(state.model, data.samples, some, runtime), data.labels[some], temperature)
     unseen = measure(held.logits, truth, temperature)
     logits, y = compute_logits(state.model, data.samples, data.parts["test"], runtime), data.labels[data.parts["test"]]
+    sure = probabilities(logits, temperature).amax(1)
+    data.meta["reference"] = remember({**data.samples.statistics(data.parts["test"]), "confidence": sure})
+    save_model(folder / "model.pt", state.best_weights, data.meta)
     commonest = int(data.labels[rows].bincount().argmax())
     metrics |= {
         "epochs": state.epoch, "best_epoch": int(state.best["epoch"]), "temperature": temperature,
@@ -4668,15 +5354,16 @@ def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log,
     config = settle(saved, given)
     runtime = start_runtime(config, world)
     raw = load_together(config, log, world)
-    config = settle(saved, given, stand_in=bool(raw.slug))
-    config = dataclasses.replace(config, data="offline" if raw.slug else "real", precision=runtime.precision)
+    side = np.shape(raw.x[:1])[-1] if TASKS[config.task].kind == "image" else 0
+    config = settle(saved, given, bool(raw.slug), TASKS[config.task].suit(raw.n_train, side))
+    config = dataclasses.replace(config, data=settled_data(config, bool(raw.slug)), precision=runtime.precision)
     if config.budget and not config.dry_run:
         clock.budget = config.budget
         config = make_the_most(raw, config, runtime, given, clock)
     config = dataclasses.replace(config, budget="")  # spent: repeating this run must not depend on the clock
     data = build_data(raw, config)
     for note in check_parts(data, config, world):
-        log(f"Note    {note}: nothing can be said about it there")
+        log(f"Note    {note}")
     data.samples.to(runtime.device)
     if not config.dry_run and not clock.pace:
         clock.pace = measure_pace(data, config, runtime)
@@ -4698,8 +5385,15 @@ def check_parts(data: Data, config: Config, world: World) -> list[str]:
         raise UsageError(f"--batch-size {config.batch_size}: {world.size} processes need a sample each at every step")
     if least < 2 and data.meta["kind"] == "image":
         raise UsageError(f"--batch-size {config.batch_size}: batch norm needs at least 2 samples a step")
-    return [f"no {'validation' if part == 'val' else part} sample of " + textwrap.shorten(
-        ", ".join(some), 60, placeholder=" ...") for part, some in lacking.items() if some]
+    notes = [f"no {'validation' if part == 'val' else part} sample of " + textwrap.shorten(
+        ", ".join(some), 60, placeholder=" ...") + ": nothing can be said about it there"
+        for part, some in lacking.items() if some]
+    times = data.labels[data.parts["train"]].bincount()
+    if times.max() > 5 * times.min() and config.class_weights == "none":
+        notes.append(f"{names[int(times.argmin())]} has {count(int(times.min()), 'training sample')}, "
+                     f"{names[int(times.argmax())]} {int(times.max()):,}: with --class-weights balanced all classes "
+                     "would count alike")
+    return notes
 
 
 def begin(data: Data, config: Config, runtime: Runtime) -> tuple[State, str]:
@@ -4709,6 +5403,8 @@ def begin(data: Data, config: Config, runtime: Runtime) -> tuple[State, str]:
     model = place_model(build_model(data.meta), runtime)
     state = new_state(share_norms(model, runtime.device) if world.size > 1 else model, config, runtime)
     said = KINDS[data.meta["kind"]].start(state.model, data) if world.leader else ""
+    if world.leader and (config.init or config.pretrained):
+        said = take_over(state.model, config, data.meta["classes"])
     said, data.opinions = world.share((said, data.opinions))
     if not world.leader:
         torch.manual_seed(config.seed + world.rank)  # what is dropped out must not be the same everywhere
@@ -4789,7 +5485,8 @@ def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = No
                 held.enter_context(locked(into / ".lock", refuse(into)))
         config, runtime, raw, data, clock = prepare(given, saved or {}, log, world)
         state, said = begin(data, config, runtime)
-        name = "-".join(filter(None, (config.task, data.slug, "dry-run" if config.dry_run else "")))
+        own = re.sub(r"\W+", "-", Path(config.data).stem).strip("-") if TASKS[config.task].own else ""
+        name = "-".join(filter(None, (config.task, data.slug, own, "dry-run" if config.dry_run else "")))
         weights = sum(4 * p.numel() for p in state.model.parameters())
         if world.leader:
             check_room(place, 14 * weights + 20_000_000)  # of it 12 for three checkpoints
@@ -4842,14 +5539,19 @@ class Run:
         self.metrics = {
             "task": config.task, "model": config.model, "dataset": data.name, "stand_in": bool(data.slug),
             "seed": config.seed, "device": runtime.describe(), "precision": runtime.precision, "parameters": parameters,
-            "processes": runtime.world.size, **versions(), **data.facts(), "status": "running",
+            "processes": runtime.world.size, **versions(), **data.facts(), "skipped": len(self.raw.skipped),
+            "status": "running",
             "seconds_setup": round(self.clock.spent - self.clock.before, 2), "seconds_budget": state.budget}
         if runtime.world.leader:
             write_json(self.folder / "config.json", dataclasses.asdict(config))
             write_json(self.folder / "metrics.json", self.metrics)
+            if self.raw.skipped:
+                write_csv(self.folder / "skipped.csv", ["name", "reason"], self.raw.skipped)
             log.attach(self.folder / "log.txt")
         log(f"Task    {config.task}: {config.model}, {parameters:,} parameters")
         log(f"Data    {data.name}: {sizes}")
+        if skipped := self.raw.skipped:
+            log(f"Skipped {say_skipped(skipped)}; all are listed in skipped.csv")
         if said:
             log(f"Start   {said}")
         log(f"Device  {runtime.describe()}")
@@ -4944,7 +5646,7 @@ class Run:
 def train_all(given: dict[str, Any], log: Log) -> None:
     """Every task in turn, then the comparison; each task gets an equal share of what is left of a budget."""
     clock = Clock(time.perf_counter() - IMPORTING, given.get("budget", ""))
-    each = [{**given, "task": name} for name in TASKS]
+    each = [{**given, "task": name} for name, task in TASKS.items() if not task.own]
     for one in each:  # refuse what one of them would refuse before the first of them has trained for minutes
         settle({}, one)
     runs = []
@@ -4984,7 +5686,7 @@ def resume(run: Path, given: dict[str, Any], log: Log) -> None:
 
 def evaluate(run: Path, given: dict[str, Any], log: Log) -> None:
     """Measure a saved run again and say whether the numbers are the same."""
-    if unfit := set(given) - {"device", "data_dir"}:
+    if unfit := set(given) - {"device", "data_dir", "data"}:
         raise UsageError(f"--evaluate takes its settings from the run; leave out {flag_name(min(unfit))}")
     saved = read_config(run / "config.json")
     config = settle(saved, given)
@@ -5043,7 +5745,10 @@ def build_parser() -> Parser:
         groups[field.metadata["group"]].add_argument(flag_name(field.name), **options)
     again = parser.add_argument_group("using it again")
     again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict and --evaluate")
-    again.add_argument("--predict", nargs="+", metavar="INPUT", help="pictures, sentences, or files of lines")
+    again.add_argument("--predict", nargs="+", metavar="INPUT",
+                       help="pictures, sentences, files of lines, tables, or folders of them")
+    again.add_argument("--output", type=Path, metavar="FILE", help="where --predict puts its table, in CSV")
+    again.add_argument("--explain", action="store_true", help="with --output: figures of why, for the first inputs")
     again.add_argument("--evaluate", action="store_true", help="measure --run again on its test data")
     again.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="finished runs, against each other")
     again.add_argument("--resume", type=Path, metavar="RUN", help="continue this run in its folder")
@@ -5069,8 +5774,10 @@ def run_command(argv: list[str], log: Log) -> None:
     if (args.run is not None) != bool(args.predict or args.evaluate):
         raise UsageError("--run needs --predict or --evaluate" if args.run is not None else
                          f"{jobs[0]} needs --run RUN, for example --run outputs/cifar10")
+    if (args.output or args.explain) and not args.predict:
+        raise UsageError(f"{'--output' if args.output else '--explain'} needs --predict")
     if args.predict:
-        predict(args.predict, args.run, given, log)
+        predict(args.predict, args.run, given, log, args.output, args.explain)
     elif args.evaluate:
         evaluate(args.run, given, log)
     elif args.compare:
