@@ -854,6 +854,7 @@ class Images:
             found["detail"].append(x.diff(dim=2).abs().mean((1, 2, 3)) + x.diff(dim=3).abs().mean((1, 2, 3)))
             if x.shape[1] == 3:
                 found["colour"].append((x.amax(1) - x.amin(1)).mean((1, 2)))
+                found["warmth"].append((x[:, 0] - x[:, 2]).mean((1, 2)))
         return {name: torch.cat(parts).cpu() for name, parts in found.items()}
 
     def show(self, row: int) -> np.ndarray:
@@ -5331,8 +5332,8 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
     if metrics["test_accuracy_without_repeats"] is None:
         log("              every test sample stands in the training part too: this says nothing about new ones")
     elif metrics["test_repeats"]:
-        log(f"              {metrics['test_accuracy_without_repeats']:.2%} without the {metrics['test_repeats']} "
-            "test samples that stand in the official training part too")
+        log(f"              {metrics['test_accuracy_without_repeats']:.2%} without the "
+            f"{count(metrics['test_repeats'], 'test sample')} also found in the training part")
     if not learned(metrics):
         log(f"              nothing learned: {say_yardsticks(metrics)[0]}")
     if "folds" in metrics:
