@@ -381,8 +381,6 @@ class Config:
 
         if self.mirror and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", self.mirror):
             raise UsageError(f"--mirror {self.mirror}: give an address that begins with http:// or https://")
-        if self.init and self.pretrained:
-            raise UsageError("--init and --pretrained cannot be combined: weights come from one place")
         if self.budget:
             read_time(self.budget)
         read_time(self.checkpoint_every, "--checkpoint-every")
@@ -1635,16 +1633,16 @@ def list_samples(root: Path, endings: tuple[str, ...], what: str) -> tuple[list[
                 about = entry.stat()
                 found.append(Found(name, label, part, entry.path, f"{about.st_size} {about.st_mtime_ns}"))
 
-    while len(inside := visible(root)) == 1 and inside[0].is_dir():
+    def folders_in(place: str | Path) -> list[os.DirEntry[str]]:
+        return [entry for entry in visible(Path(place)) if entry.is_dir()]
+
+    while len(inside := visible(root)) == 1 and inside[0].is_dir() and folders_in(inside[0]):
         root = Path(inside[0].path)  # archives often hold one folder around all
-    folders = [entry for entry in inside if entry.is_dir()]
-    parts = [e for e in folders if e.name.lower() in PART_NAMES and any(sub.is_dir() for sub in visible(Path(e.path)))]
-    if not any(PART_NAMES[entry.name.lower()] == "train" for entry in parts):
-        parts = []
-    places = [(one, PART_NAMES[entry.name.lower()]) for entry in parts for one in visible(Path(entry.path))]
-    for one, part in places or [(one, "") for one in folders]:
-        if one.is_dir():
-            walk(Path(one.path), one.name, part)
+    places = [(entry, "") for entry in folders_in(root)]
+    named = [(one, PART_NAMES[entry.name.lower()]) for entry, _ in places if entry.name.lower() in PART_NAMES
+             for one in folders_in(entry)]
+    for one, part in named if any(part == "train" for _, part in named) else places:
+        walk(Path(one.path), one.name, part)
     if not found:
         beside = any(entry.name.lower().endswith(endings) for entry in inside)
         raise DataError(f"{root} holds {what} but no folder for each class" if beside else
@@ -1669,12 +1667,18 @@ def arrange(found: list[Found], config: Config) -> list[Found]:
     return sorted(found, key=lambda one: PARTS.index(one.part or "train"))
 
 
-def own_raw(name: str, x: Any, listed: list[Found], skipped: list[tuple[str, str]]) -> Raw:
-    """The user's samples as a data set, its classes in the order in which people count and spell."""
+def class_names(name: str, listed: list[Found]) -> list[str]:
+    """The classes, in the order in which people count and spell."""
     classes = sorted({one.label for one in listed}, key=lambda label: [
         (int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"(\d+)", label)])
     if len(classes) < 2:
         raise DataError(f"{name} has only the class {', '.join(classes)}; at least two are needed")
+    return classes
+
+
+def own_raw(name: str, x: Any, listed: list[Found], skipped: list[tuple[str, str]]) -> Raw:
+    """The user's samples as a data set."""
+    classes = class_names(name, listed)
     number, parts = {label: i for i, label in enumerate(classes)}, [one.part for one in listed]
     return Raw(name, classes, x, np.array([number[one.label] for one in listed], dtype=np.int64),
                len(parts) - parts.count("test"), n_val=parts.count("val"), names=[one.name for one in listed],
@@ -1689,8 +1693,10 @@ def picture_form(found: list[Found], config: Config) -> dict[str, Any]:
         with contextlib.suppress(Exception), Image.open(found[i].content) as file:
             sides.append(min(file.size))
             grey = grey and file.mode in ("1", "L", "LA", "I", "F", "I;16")
-    side = config.image_size or min(64, max(8, int(np.median(sides or [64]))))
-    colour = config.colour if config.colour != "auto" else "grey" if grey and sides else "rgb"
+    if not sides:
+        raise DataError(f"none of the pictures can be read, for example {found[0].name}")
+    side = config.image_size or min(64, max(8, int(np.median(sides))))
+    colour = config.colour if config.colour != "auto" else "grey" if grey else "rgb"
     return {"side": side, "channels": {"grey": 1, "rgb": 3}[colour], "paper": False}
 
 
@@ -1758,12 +1764,13 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> Raw:
         raise DataMissing(f"--data {root}: " + ("a file; unpack it, and give the folder" if root.exists() else
                                                 "no such folder"))
     found, skipped = list_samples(root, PICTURES, "pictures (" + ", ".join(PICTURES[:4]) + " ...)")
+    class_names(root.resolve().name, found)
     listed = arrange(found, config)
     form = picture_form(listed, config)
     mark = hashlib.sha256(f"{root.resolve()} {form}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
     pixels, broken = decode_once(listed, form, config.data_path / "decoded" / f"{root.resolve().name}-{mark}.pixels")
     if not len(pixels):
-        raise DataError(f"none of the {len(listed)} pictures in {root} can be read; the first: {broken[0]}")
+        raise DataError(f"{root}: none of the pictures can be read, for example {listed[0].name}: {broken[0]}")
     skipped += [(listed[i].name, why) for i, why in broken.items()]
     good = [one for i, one in enumerate(listed) if i not in broken]
     return own_raw(root.resolve().name, pixels, good, skipped)
@@ -1789,6 +1796,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
                 rows.append({str(key): value for key, value in row.items()} | {LINE: number})
             elif row is not None:
                 skipped.append((f"line {number}", "not a JSON object"))
+        if not rows:
+            raise DataError(f"{path} holds no rows")
         return rows, skipped
     csv.field_size_limit(2**31 - 1)
     first = text.partition("\n")[0]
@@ -1802,6 +1811,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
         head = [f"{i}" for i in range(1, len(head) + 1)]
     else:
         del lines[:1]
+    if not lines:
+        raise DataError(f"{path} holds no rows")
     return [dict(zip(head, cells, strict=False)) | {LINE: number} for number, cells in lines], skipped
 
 
@@ -1839,8 +1850,6 @@ def find_columns(rows: list[dict[str, Any]], path: Path, text: str, label: str,
 def list_rows(path: Path, config: Config) -> tuple[list[Found], list[tuple[str, str]]]:
     """The samples of a table, each named by its line; and what is none."""
     rows, skipped = read_rows(path)
-    if not rows:
-        raise DataError(f"{path} holds no rows")
     text, label = find_columns(rows, path, config.text_column, config.label_column)
     split = next((name for name in rows[0] if name.lower() in ("split", "part", "subset")), "")
     if {str(row.get(split)).strip().lower() for row in rows} - {*PART_NAMES}:
@@ -4075,7 +4084,9 @@ def load_ancestor(init: str, kind: str) -> dict[str, Any]:
     except UsageError as problem:
         raise UsageError(f"--init {run}: {problem}") from problem
     if saved["meta"]["kind"] != kind:
-        raise UsageError(f"--init {run}: its network reads {saved['meta']['kind']}s, and this task has {kind}s")
+        names = {"image": "pictures", "text": "texts"}
+        raise UsageError(f"--init {run}: its network reads {names[saved['meta']['kind']]}, and this task has "
+                         f"{names[kind]}")
     return saved
 
 
@@ -4090,7 +4101,7 @@ def inherit(learnt: dict[str, Any], config: Config) -> dict[str, Any]:
         words = {**dict.fromkeys(old["vocabulary"]), **dict.fromkeys(learnt["vocabulary"])}
         return learnt | {"vocabulary": list(words), "pairs": old["pairs"]}
     if old["channels"] != learnt["channels"]:
-        raise UsageError(f"--init {config.init}: trained on pictures with {old['channels']} channels, these have "
+        raise UsageError(f"--init {config.init}: trained on pictures with {old['channels']} channel(s), these have "
                          f"{learnt['channels']}")
     return learnt | {key: old[key] for key in ("mean", "deviation", "patches")}
 
@@ -4144,6 +4155,8 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False,
     task = TASKS[name]
     dry = {"epochs": 1, "limit": 64} if given.get("dry_run") else {}
     known = {**task.defaults, **saved, **given}
+    if known.get("init") and known.get("pretrained"):
+        raise UsageError("--init and --pretrained cannot be combined: weights come from one place")
     old = load_ancestor(str(known["init"]), task.kind)["meta"] if known.get("init") else {}
     like = {key: old[key] for key in ("model", "width") if old}
     if old and task.own and task.kind == "image":
@@ -5196,6 +5209,8 @@ def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log, ou
     """Class and probability for pictures or texts, on the screen or, for any number of them, in a table."""
     if unfit := set(given) - {"device", "precision", "text_column"}:
         raise UsageError(f"--predict takes its settings from the run; leave out {flag_name(min(unfit))}")
+    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise UsageError(f"--output {output}: " + ("a folder; name a file" if output.is_dir() else "no such folder"))
     if explain and not output:
         raise UsageError("--explain needs --output FILE.csv: its figures are put beside that")
     ready = Predictor(run, start_runtime(Config(**{"precision": "fp32", **given})))

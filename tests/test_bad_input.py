@@ -38,7 +38,7 @@ def write(name, content):
 
 
 FLAGS = [
-    ("unknown task", ["--task", "cifer10"], "choose from cifar10, mnist, sentiment, all (did you mean cifar10?)"),
+    ("unknown task", ["--task", "cifer10"], "sentiment, images, text, all (did you mean cifar10?)"),
     ("empty task", ["--task", ""], "--task : choose from cifar10"),
     ("unknown flag", ["--taks", "mnist"], "unknown argument --taks (did you mean --task?)"),
     ("shortened flag", ["--epoch", "3"], "unknown argument --epoch (did you mean --epochs?)"),
@@ -99,6 +99,14 @@ FLAGS = [
     ("one run to compare", ["--compare", "x"], "--compare needs two or more different run folders"),
     ("a run compared with itself", ["--compare", ".", "./"], "--compare needs two or more different run folders"),
     ("runs that are not there", ["--compare", "x", "y"], "--compare x: no such folder"),
+    ("weights from nowhere", ["--task", "mnist", *OFFLINE, "--init", "nowhere"], "--init nowhere: nowhere/model.pt"),
+    ("weights from two places", ["--init", "x", "--pretrained"], "--init and --pretrained cannot be combined"),
+    ("published weights of a network of our own", ["--pretrained", *OFFLINE], "no weights of fast are published"),
+    ("a table without predictions", ["--output", "x.csv"], "--output needs --predict"),
+    ("own pictures that are not named", ["--task", "images"], "--task images needs your own data: give --data FOLDER"),
+    ("own texts that are not named", ["--task", "text", "--data", "auto"], "give --data FOLDER or --data FILE.csv"),
+    ("own data for another task", ["--data", "my/pictures"], "your own data needs --task images or --task text"),
+    ("classes weighed oddly", ["--class-weights", "yes"], "--class-weights yes: choose from none, balanced"),
     ("resuming nothing", ["--resume", "nowhere"], "cannot read nowhere"),
     ("settings from nowhere", ["--config", "nowhere.json"], "cannot read nowhere.json"),
 ]
@@ -218,6 +226,36 @@ DATA = [
 ]
 
 
+def pictures(*names):
+    """Small pictures with these names."""
+    def arrange(place, runs):
+        for name in names:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(place / name)
+    return arrange
+
+
+OWN = [
+    ("a folder of pictures that is not there", "images", "own", nothing, "--data own: no such folder"),
+    ("a packed folder", "images", "own.zip", write("own.zip", "PK"), "--data own.zip: a file; unpack it"),
+    ("a folder with nothing in it", "images", "own", lambda place, runs: (place / "own").mkdir(),
+     "no pictures (.jpg, .jpeg, .jfif, .png ...) in folders; expected one folder a class"),
+    ("pictures without classes", "images", "own", pictures("own/a.png", "own/b.png"), "but no folder for each class"),
+    ("pictures of one class", "images", "own", pictures("own/cat/a.png", "own/cat/b.png"), "has only the class cat"),
+    ("pictures that are none", "images", "own", lambda place, runs: (write("own/a/x.png", "no")(place, runs),
+                                                                     write("own/b/y.png", "no")(place, runs)),
+     "none of the pictures can be read, for example"),
+    ("a table that is not there", "text", "own.csv", nothing, "--data own.csv: no such file or folder"),
+    ("an empty table", "text", "own.csv", write("own.csv", ""), "own.csv holds no rows"),
+    ("a table with a head alone", "text", "own.csv", write("own.csv", "text,label\n"), "own.csv holds no rows"),
+    ("a table of one column", "text", "own.csv", write("own.csv", "text\na\nb\n"), "name it with --label-column"),
+    ("a table of one class", "text", "own.csv", write("own.csv", "text,label\na,1\nb,1\n"), "has only the class 1"),
+    ("a table without classes", "text", "own.csv", write("own.csv", "text,label\na,\nb,\n"),
+     "none of the 2 samples can be used; the first: no class in the column label"),
+    ("JSON lines that are none", "text", "own.jsonl", write("own.jsonl", "a\nb\n"), "own.jsonl holds no rows"),
+]
+
+
 def run_with(task, harm):
     """A copy of a finished run with something wrong in it."""
     def arrange(place, runs):
@@ -272,23 +310,40 @@ RUNS = [
     ("the model wants to run code", "cifar10", lambda r: bomb(r / "model.pt"), LOOK, "model.pt is damaged"),
     ("the model is a list", "cifar10", lambda r: torch.save([1], r / "model.pt"), LOOK, "not made by this version"),
     ("the model is of a newer version", "cifar10", change("model.pt", format=99), LOOK,
-     "made by a newer version of this program (format 99; this one reads 4)"),
+     "made by a newer version of this program (format 99; this one reads 5)"),
     ("the model is of an older version", "cifar10", change("model.pt", format=1), LOOK, "not made by this version"),
-    ("weights of another network", "cifar10", other_model, LOOK, "do not fit together"),
+    ("weights that do not fit", "cifar10", other_model, LOOK, "do not fit together"),
     ("a model without its description", "cifar10", change("model.pt", meta={}), LOOK, "do not fit together"),
     ("a description of another kind", "cifar10", change("model.pt", meta={"kind": "sound"}), LOOK, "do not fit"),
     ("a checkpoint in the model's place", "cifar10", lambda r: shutil.copy(r / "checkpoint.pt", r / "model.pt"), LOOK,
      "made by a newer version"),
     ("no such picture", "cifar10", lambda r: None, ["--predict", "gone.png", "--run", "run"], "no such file"),
-    ("a folder for a picture", "cifar10", lambda r: None, ["--predict", "run", "--run", "run"], "not a picture"),
+    ("a folder without pictures", "cifar10", lambda r: (r / "none").mkdir(), ["--predict", "run/none", "--run", "run"],
+     "run/none: nothing to predict in there; this run's model reads pictures"),
     ("a text for a picture", "cifar10", lambda r: None, ["--predict", "run/log.txt", "--run", "run"], "not a picture"),
     ("half a picture", "cifar10", lambda r: (r / "x.png").write_bytes((r / "gradcam.png").read_bytes()[:5000]),
      ["--predict", "run/x.png", "--run", "run"], "not a picture that can be read"),
     ("an empty picture", "cifar10", lambda r: (r / "x.png").write_bytes(b""),
-     ["--predict", "run/x.png", "--run", "run"], "not a picture that can be read"),
+     ["--predict", "run/x.png", "--run", "run"], "not a picture; this run's model reads pictures"),
     ("a picture of giant size", "cifar10", lambda r: giant(r / "x.png"),
      ["--predict", "run/x.png", "--run", "run"], "not a picture that can be read"),
-    ("a folder for texts", "sentiment", lambda r: None, ["--predict", "run", "--run", "run"], "a folder"),
+    ("a folder without texts", "sentiment", lambda r: (r / "none").mkdir(), ["--predict", "run/none", "--run", "run"],
+     "run/none: nothing to predict in there; this run's model reads texts"),
+    ("a column that is not there", "sentiment", lambda r: None,
+     ["--predict", "run/history.csv", "--run", "run", "--text-column", "epich"], "no such column (did you mean epoch"),
+    ("reasons without a place", "cifar10", lambda r: None, [*LOOK, "--explain"], "--explain needs --output FILE.csv"),
+    ("a table where none can be", "mnist", lambda r: None, ["--predict", "run/gradcam.png", "--run", "run",
+     "--output", "no/such/place.csv"], "--output no/such/place.csv: no such folder"),
+    ("a folder for a table", "cifar10", lambda r: None, ["--predict", "run/gradcam.png", "--run", "run", "--output",
+                                                         "run"], "--output run: a folder; name a file"),
+    ("weights of another kind", "sentiment", lambda r: None, ["--task", "mnist", *OFFLINE, "--init", "run"],
+     "--init run: its network reads texts, and this task has pictures"),
+    ("weights of another width", "mnist", lambda r: None,
+     ["--task", "mnist", *OFFLINE, "--init", "run", "--width", "64"], "its width is 128; leave out --width"),
+    ("weights of another network", "mnist", lambda r: None,
+     ["--task", "mnist", *OFFLINE, "--init", "run", "--model", "fast"], "its model is mlp; leave out --model"),
+    ("weights for another colour", "mnist", lambda r: None, ["--task", "cifar10", *OFFLINE, "--init", "run"],
+     "trained on pictures with 1 channel"),
     ("a picture for texts", "sentiment", lambda r: None, ["--predict", "run/attention.png", "--run", "run"],
      "not a text file"),
     ("texts in letters of two bytes", "sentiment", lambda r: (r / "x.txt").write_bytes("good".encode("utf-16")),
@@ -317,7 +372,7 @@ RUNS = [
     ("a checkpoint of another task", "mnist", lambda r: forge(r, task="sentiment", model="lstm"), MORE,
      "does not fit its config.json"),
     ("settings of a run cut short", "mnist", lambda r: (r / "config.json").write_text("{"), MORE, "not valid JSON"),
-    ("unknown settings of a run", "mnist", lambda r: forge(r, colour="red"), MORE, "unknown setting 'colour'"),
+    ("unknown settings of a run", "mnist", lambda r: forge(r, flavour="red"), MORE, "unknown setting 'flavour'"),
     ("numbers of a run cut short", "mnist", lambda r: (r / "metrics.json").write_text("{"), MORE, "not valid JSON"),
 ]
 
@@ -334,6 +389,12 @@ TABLE = [
     *((name, nothing, flags, 2, message) for name, flags, message in FLAGS),
     *((name, write("bad.json", text), ["--config", "bad.json"], 2, message) for name, text, message in CONFIGS),
     *((f"{task}: {name}", arrange, ["--task", task, *HERE], 3, message) for task, name, arrange, message in DATA),
+    *((name, arrange, ["--task", task, "--data", data, "--device", "cpu"], 3, message)
+      for name, task, data, arrange, message in OWN),
+    ("a number for a class", write("own.csv", "text,label\n" + "".join(f"a,{i}\n" for i in range(99))),
+     ["--task", "text", "--data", "own.csv"], 2, "the column label has 99 different values in 99 rows; is it"),
+    ("a class column that is not there", write("own.csv", "text,label\na,1\nb,2\n"),
+     ["--task", "text", "--data", "own.csv", "--label-column", "labl"], 2, "no such column (did you mean label?)"),
     *((name, run_with(task, harm), flags, 2, message) for name, task, harm, flags, message in RUNS),
     ("results into a file", write("file", ""), ["--task", "mnist", *OFFLINE, "--output-dir", "file"], 1,
      "cannot write"),

@@ -186,8 +186,8 @@ def own(tmp_path_factory):
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             assert dld.main(["--task", task, "--data", str(place / data), "--epochs", "3", "--width", "16",
-                             "--data-dir", str(place / "memory"), "--batch-size", "20", "--report", "minimal", "--device",
-                             "cpu", "--output-dir", str(place / "outputs")]) == 0
+                             "--data-dir", str(place / "memory"), "--batch-size", "20", "--report", "minimal",
+                             "--device", "cpu", "--output-dir", str(place / "outputs")]) == 0
         assert "Skipped 1 sample" in said.getvalue()
     return place
 
