@@ -944,7 +944,10 @@ def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
 
 # -- texts ------------------------------------------------------------------------------------------------------------
 
-WORD = r"\d+/\d+|\w+(?:['’]\w+)*|[:;=]-?[()]+|[^\w\s.,;:()\"'*/_<>-]"  # words, 8/10, and signs of feeling: ! ? :) emoji
+# Scripts that put no spaces between words: Chinese, Japanese, Thai.
+ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f"
+WORD = (rf"\d+/\d+|[^\W{ALONE}]+(?:['’][^\W{ALONE}]+)*|[{ALONE}]|"  # words, 8/10, single signs of such scripts
+        r"[:;=]-?[()]+|[^\w\s.,;:()\"'*/_<>-]")  # and signs of feeling: ! ? :) emoji
 find_words = re.compile(WORD).findall
 NEGATIONS = {"not", "no", "never", "nobody", "nothing", "none", "nor", "neither", "hardly", "without", "cannot"}
 
@@ -1633,7 +1636,7 @@ def list_samples(root: Path, endings: tuple[str, ...], what: str) -> tuple[list[
                 about = entry.stat()
                 found.append(Found(name, label, part, entry.path, f"{about.st_size} {about.st_mtime_ns}"))
 
-    def folders_in(place: str | Path) -> list[os.DirEntry[str]]:
+    def folders_in(place: str | Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
         return [entry for entry in visible(Path(place)) if entry.is_dir()]
 
     while len(inside := visible(root)) == 1 and inside[0].is_dir() and folders_in(inside[0]):

@@ -156,6 +156,11 @@ def test_texts_in_folders_and_classes_that_people_count(tmp_path):
     assert read("text", tmp_path / "stars", tmp_path).classes == [f"{i} stars" for i in range(11)]
 
 
+def test_scripts_without_spaces_are_read_sign_by_sign():
+    words = dld.pack_texts(["iPhone很好! don't これ 8/10"]).words
+    assert words == ["iphone", "很", "好", "!", "don't", "こ", "れ", "8/10"]
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
