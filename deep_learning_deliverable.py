@@ -924,6 +924,8 @@ def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
     side = meta["side"]
     try:
         if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8:
+                raise ValueError(f"an array of {source.dtype}; give uint8, 0 to 255")
             source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
         with source.copy() if isinstance(source, Image.Image) else Image.open(source) as file:
             if file.width * file.height > MOST_PIXELS:
@@ -5281,15 +5283,18 @@ def train_as_asked(asked: dict[str, Any], log: Log) -> Result:
         asked[key] = value.item() if isinstance(value, np.generic) else (
             os.fspath(value) if isinstance(value, os.PathLike) else value)
     given = {key: asked[key] for key in asked if key in fields}
-    folder, settings = (asked.get(key) for key in known[-2:])
-    if folder and settings:
+    paths = {key: asked[key] for key in asked if key not in fields}
+    if len(paths) > 1:
         raise UsageError("resume and config cannot be combined")
     if given.get("task") == "all":
         raise UsageError(f"task all: train them one after another: {', '.join(TASKS)}")
-    if folder:
-        resume(Path(folder), given, log)
-        return Result(Path(folder))
-    return Result(train_run(given, log, read_config(Path(settings)) if settings else None))
+    for key, path in paths.items():
+        if not isinstance(path, str):
+            raise UsageError(f"{key} takes a path, got {path!r}")
+    if "resume" in paths:
+        resume(folder := Path(paths["resume"]), given, log)
+        return Result(folder)
+    return Result(train_run(given, log, read_config(Path(paths["config"])) if paths else None))
 
 
 def train(task: str = "", **flags: Any) -> Result:
