@@ -3500,7 +3500,8 @@ def start_texts(model: nn.Module, data: Data) -> str:
     leanings = leanings[:, :EMBEDDING // 2]
     with torch.no_grad():
         weight = model.embedding.weight.mul_(0.2)  # some chance stays: what has the same neighbours must be told apart
-        weight[UNKNOWN + 1:, :vectors.shape[1]] += (vectors / vectors.std().clamp(min=1e-6) * 0.5)[UNKNOWN + 1:]
+        near = (vectors / vectors.std().clamp(min=1e-6) * 0.5)[UNKNOWN + 1:].to(weight.device)
+        weight[UNKNOWN + 1:, :vectors.shape[1]] += near
         weight[UNKNOWN + 1:, -leanings.shape[1]:] = leanings[UNKNOWN + 1:] * 2
     said = f"word vectors from {len(words):,} words"
     if len(data.first):
@@ -5141,8 +5142,10 @@ class Page:
     path: Path
 
     def _repr_html_(self) -> str:
-        return (f'<iframe srcdoc="{html.escape(self.path.read_text("utf-8"))}" sandbox="allow-same-origin" '
-                'style="width: 100%; height: 800px; border: 1px solid #bbb" title="report"></iframe>')
+        home = '<head>\n<base href="about:srcdoc">'  # else its links to its sections would lead to the notebook's
+        page = self.path.read_text("utf-8").replace("<head>", home, 1)
+        return (f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-same-origin" title="report" '
+                'style="width: 100%; height: 800px; border: 1px solid #bbb"></iframe>')
 
 
 @dataclass
