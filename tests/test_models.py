@@ -132,10 +132,3 @@ def test_attention_sums_to_one_over_the_words_and_survives_an_empty_text(name):
     assert logits.isfinite().all()
     torch.testing.assert_close(weight.sum(1), torch.ones(3))
     assert (weight[:2, 6:] == 0).all() and (weight[:2, :6] > 0).all()
-
-
-def test_word_vectors_reach_a_model_on_another_device(reviews):
-    config = small("sentiment", limit=200)
-    data = dld.build_data(reviews, config)
-    model = dld.build_model(data.meta).to("meta")  # as strict as a GPU about what may be added to what
-    assert "word vectors" in dld.start_texts(model, data)
