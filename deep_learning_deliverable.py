@@ -48,6 +48,8 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import functools
+import gc
 import gzip
 import hashlib
 import html
@@ -118,6 +120,10 @@ class Failure(Exception):
     """A problem that one line can explain; it becomes `error: ...` and this exit code."""
 
     code = 1
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: the line alone."""
+        return [f"error: {self}"]
 
 
 class UsageError(Failure):
@@ -241,6 +247,12 @@ def launch() -> str:
     """Names the torchrun that started this process; the same after it has restarted its processes. Else empty."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     return f"{run} {os.getppid()} {socket.gethostname()}" if run else ""
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel, and what it says goes into a cell."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
 
 
 class Log:
@@ -511,9 +523,10 @@ class Brake:
             self.pulled = True
             raise KeyboardInterrupt
         if not self.asked and not launch():  # torchrun passes on what its processes have got already
-            os.write(2, b"\nStopping after this step; once more Ctrl-C leaves at once.\n")
+            said = "\nStopping after this step; once more Ctrl-C leaves at once.\n"
+            sys.stdout.write(said) if in_notebook() else os.write(2, said.encode())  # a kernel's 2 is no cell
             for each in self.before:
-                signal.signal(each, signal.default_int_handler if "ipykernel" in sys.modules else signal.SIG_DFL)
+                signal.signal(each, signal.default_int_handler if in_notebook() else signal.SIG_DFL)
         self.asked = True
 
 
@@ -599,11 +612,34 @@ def start_runtime(config: Config, world: World = World()) -> Runtime:
     return Runtime(torch.device(f"cuda:{world.local}" if name == "cuda" else name), precision, world)
 
 
+class CellBar(tqdm):
+    """A bar in a notebook's cell, replaced in place: of a long one, a saved notebook keeps an empty line, else nothing.
+
+    tqdm's own would leave either hundreds of states or a widget that is broken after the next start.
+    """
+
+    place: Any = None
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, file=io.StringIO(), ncols=100, mininterval=0.5, ascii=False)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Called by tqdm when there is something new to show."""
+        from IPython.display import display
+        shown = {"text/plain": str(self) if msg is None else msg}
+        if self.place:
+            self.place.update(shown, raw=True)
+        elif self.format_dict["elapsed"] > 2:  # seconds: what is over sooner needs no bar
+            self.place = display(shown, raw=True, display_id=True)
+
+
 def progress_bar(total: int, unit: str, done: int = 0, scaled: bool = False, hidden: bool = False) -> tqdm[Any]:
-    """One bar at a time, gone when done; silent where output is a file, so that logs keep only what is said."""
-    shown = not hidden and (sys.stderr.isatty() or "ipykernel" in sys.modules)
-    return tqdm(total=total, initial=done, unit=unit, unit_scale=scaled, leave=False, disable=not shown,
-                dynamic_ncols=True, mininterval=0.2, file=sys.stderr)
+    """One bar at a time, gone when done; none where it would stay: in files, and in a cell that runs `!python`."""
+    options: dict[str, Any] = {"total": total, "initial": done, "unit": unit, "unit_scale": scaled, "leave": False}
+    if in_notebook() and not hidden:
+        return CellBar(**options)
+    shown = not hidden and sys.stderr.isatty() and "JPY_PARENT_PID" not in os.environ  # which children of kernels have
+    return tqdm(**options, disable=not shown, dynamic_ncols=True, mininterval=0.2, file=sys.stderr)
 
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -914,12 +950,19 @@ def patch_covariance(images: Images, rows: Tensor) -> list[list[float]]:
 
 
 def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
-    """A picture file, or an open one, of any size and mode, as the model expects it: uint8 [C, side, side]."""
+    """A picture of any size and mode, as the model expects it: uint8 [C, side, side].
+
+    It may be a file, an open one, an array uint8 [H, W] or [H, W, C], or Pillow's.
+    """
     from PIL import Image, ImageOps
     warnings.filterwarnings("ignore", module="PIL")  # what matters comes as an error
     side = meta["side"]
     try:
-        with Image.open(source) as file:
+        if isinstance(source, np.ndarray):
+            if source.dtype != np.uint8:
+                raise ValueError(f"an array of {source.dtype}; give uint8, 0 to 255")
+            source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
+        with source.copy() if isinstance(source, Image.Image) else Image.open(source) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise ValueError(f"{file.width} x {file.height} pixels; the most are {MOST_PIXELS:,}")
             file.draft("RGB", (2 * side, 2 * side))  # a JPEG can be decoded at a fraction of its size
@@ -1904,29 +1947,36 @@ def read_table(config: Config, say: Callable[[str], Any]) -> Raw:
 # -- what is to be predicted ------------------------------------------------------------------------------------------
 
 
-def open_images(argument: str, meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The pictures that a --predict argument stands for, a file or a folder: (name, sample, or why it is none)."""
+def open_images(argument: Any, meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The pictures that a --predict argument stands for, a file or a folder, or what else read_picture takes.
+
+    For each its name and the sample, or Unreadable.
+    """
+    def read(source: Any) -> Any:
+        try:
+            return read_picture(source, meta)
+        except Unreadable as problem:
+            return problem
+
+    if not isinstance(argument, str):
+        yield type(argument).__name__, read(argument)
+        return
     place = Path(argument)
     if not place.exists():
         raise UsageError(f"--predict {argument}: no such file; this run's model reads pictures")
     files = [place]
     if place.is_dir():
         files = sorted(path for path in place.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-
-    def read(path: Path) -> Any:
-        try:
-            return read_picture(path, meta)
-        except Unreadable as problem:
-            return problem
-
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         for first in range(0, len(files), 256):  # some at a time: what is decoded waits in memory
             some = files[first:first + 256]
             yield from zip(map(str, some), pool.map(read, some), strict=True)
 
 
-def open_texts(argument: str, meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def open_texts(argument: Any, meta: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The texts that a --predict argument stands for: itself, lines of a file, rows of a table, files of a folder."""
+    if not isinstance(argument, str):
+        raise UsageError(f"--predict {type(argument).__name__}: this run's model reads texts")
     place = Path(argument)
     try:
         kind = "folder" if argument and place.is_dir() else "file" if place.is_file() else ""
@@ -3829,16 +3879,24 @@ def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]],
             + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>")
 
 
+def png_size(blob: bytes) -> dict[str, int]:
+    """How large a figure is meant to be seen, from the PNG's head; they are drawn finer than most screens are."""
+    return {name: int.from_bytes(blob[place:place + 4], "big") * 2 // 3 for name, place in (("width", 16),
+                                                                                           ("height", 20))}
+
+
+def html_png(blob: bytes, what: str, **rules: Any) -> str:
+    """A picture as part of the page, and what is to be read where it cannot be seen."""
+    rules = {"alt": what, **png_size(blob), **rules, "src": f"data:image/png;base64,{base64.b64encode(blob).decode()}"}
+    return "<img " + " ".join(f'{key}="{html.escape(str(value))}"' for key, value in rules.items()) + ">"
+
+
 def html_figure(picture: Path, finding: str) -> str:
     """A picture inside the page, if it was drawn, and what it shows."""
     if not picture.exists():
         return ""
-    blob = picture.read_bytes()
-    wide, high = (int.from_bytes(blob[place:place + 4], "big") for place in (16, 20))  # from the PNG's head
-    what = picture.stem.replace("_", " ")
-    return (f'<figure><img alt="{html.escape(f"{what}: {finding}")}" width="{wide * 2 // 3}" height="{high * 2 // 3}" '
-            f'src="data:image/png;base64,{base64.b64encode(blob).decode()}">\n'
-            f"<figcaption>{html.escape(finding)}</figcaption></figure>")
+    drawn = html_png(picture.read_bytes(), f"{picture.stem.replace('_', ' ')}: {finding}")
+    return f"<figure>{drawn}\n<figcaption>{html.escape(finding)}</figcaption></figure>"
 
 
 def write_text_weights(texts: list[str], verdicts: Sequence[Verdict | Caption], maps: list[list[tuple[str, float]]],
@@ -3897,7 +3955,8 @@ def start_texts(model: nn.Module, data: Data) -> str:
     leanings = leanings[:, :EMBEDDING // 2]
     with torch.no_grad():
         weight = model.embedding.weight.mul_(0.2)  # some chance stays: what has the same neighbours must be told apart
-        weight[UNKNOWN + 1:, :vectors.shape[1]] += (vectors / vectors.std().clamp(min=1e-6) * 0.5)[UNKNOWN + 1:]
+        near = (vectors / vectors.std().clamp(min=1e-6) * 0.5)[UNKNOWN + 1:].to(weight.device)
+        weight[UNKNOWN + 1:, :vectors.shape[1]] += near
         weight[UNKNOWN + 1:, -leanings.shape[1]:] = leanings[UNKNOWN + 1:] * 2
     said = f"word vectors from {len(words):,} words"
     if len(data.first):
@@ -4458,9 +4517,9 @@ def quoted(path: Path) -> str:
 
 def this_command() -> str:
     """How this program is started from here, for the commands that it proposes."""
-    script = Path(__file__)
-    here = Path(script.name).exists()
-    return f"{quoted(Path(sys.orig_argv[0]))} {quoted(Path(script.name) if here else script)}"
+    script = Path(Path(__file__).name)
+    script = script if script.exists() else Path(__file__)
+    return f"{'%run' if in_notebook() else quoted(Path(sys.orig_argv[0]))} {quoted(script)}"
 
 
 def save_model(path: Path, weights: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -4473,11 +4532,16 @@ def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
     return model.to(memory_format=fast_layout(runtime.device)).to(runtime.device)
 
 
-def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a finished run, on its device, and its meta."""
+def check_run(run: Path) -> None:
+    """Refuse what is no folder, naming those that are."""
     if not run.is_dir():
         others = sorted(str(path.parent) for path in run.parent.glob("*/model.pt"))
         raise UsageError(f"--run {run}: no such folder" + (f"; there are {', '.join(others)}" if others else ""))
+
+
+def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a finished run, on its device, and its meta."""
+    check_run(run)
     saved = load_file(run / "model.pt")
     try:
         model = build_model(saved["meta"])
@@ -5164,19 +5228,15 @@ def say_prediction(ready: Predictor, samples: Images | Texts, row: int, name: st
     return f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}" + (f"\n{'':20} {hint}" if hint else "")
 
 
-def draw_reasons(ready: Predictor, names: list[str], samples: Images | Texts, shares: Tensor,
+def draw_reasons(ready: Predictor, samples: Images | Texts, shares: Tensor, said: list[str],
                  beside: Path) -> list[Path]:
-    """The explanations of the first inputs, as figures and pages beside the table of predictions."""
-    kind, rows = ready.kind, torch.arange(min(len(names), ready.kind.shown[0]))
+    """The explanations of some predictions, captioned by what is said of them, as figures and pages beside a file."""
+    kind, rows, written = ready.kind, torch.arange(len(said)), list[Path]()
     labels = shares[rows].argmax(1)
-    said = [f"{ready.classes[i]} {share[i]:.0%}" for i, share in zip(labels.tolist(), shares, strict=False)]
-    if ready.meta["kind"] == "image":
-        said = [f"{Path(name).name[-22:]}\n{line}" for name, line in zip(names, said, strict=False)]
-    written = []
     for name, maps in kind.explain(ready.model, samples.batch(rows), labels.to(ready.runtime.device)).items():
         method, what = EXPLANATIONS[name]
         drawn = kind.dress(samples, rows, [[ready.classes[i]] for i in labels.tolist()], maps[None])
-        heading = f"{ready.run.name} · {ready.meta['model']}\n{method}: {what}\nthe first {count(len(rows), 'input')}"
+        heading = f"{ready.run.name} · {ready.meta['model']}\n{method}: {what}"
         for write, ending in ((kind.plot_maps, ".png"), (kind.page, ".html")):
             if write:
                 written.append(beside.with_name(f"{beside.stem}-{name}{ending}"))
@@ -5197,7 +5257,10 @@ def predict_table(arguments: list[str], survey: Survey, output: Path, explain: b
                 table.writerows([name, classes[int(share.argmax())], *(f"{p:.6f}" for p in (share.max(), *share)), ""]
                                 for name, share in zip(names, shares, strict=True))
                 if explain and not drawn:
-                    drawn.extend(draw_reasons(survey.ready, names, samples, shares, output))
+                    said = [f"{Path(name).name[-22:]}\n" * isinstance(samples, Images)
+                            + f"{classes[int(share.argmax())]} {share.max():.0%}"
+                            for name, share in zip(names[:survey.ready.kind.shown[0]], shares, strict=False)]
+                    drawn.extend(draw_reasons(survey.ready, samples, shares, said, output))
             table.writerows([name, "", "", *("" for _ in classes), why] for name, why in survey.problems)
 
     try:
@@ -5734,6 +5797,244 @@ def compare(runs: list[Path], given: dict[str, Any], log: Log) -> None:
     log(f"Comparison    {report.with_suffix('.html').resolve()}, .png, .md and .csv beside it")
 
 
+# -- in notebooks ------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(KeyboardInterrupt):
+    """Somebody ended the work in a cell."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows of it: the line alone."""
+        return [str(self)]
+
+
+def as_a_guest(work: Callable[[], Any], log: Log | None = None) -> Any:
+    """Do this in somebody's notebook: what is global there stays as it was, and a problem is one line.
+
+    It is raised as a new exception, for the old one holds on to all that the training had in memory.
+    """
+    failed: BaseException
+    on_gpu, apple = torch.cuda.is_available(), torch.backends.mps.is_available()
+    benchmark, products = torch.backends.cudnn.benchmark, on_gpu and torch.get_float32_matmul_precision()
+    chance = torch.mps.get_rng_state() if apple else None
+    try:
+        with torch.random.fork_rng(list(range(torch.cuda.device_count()))), warnings.catch_warnings():
+            return work()
+    except Failure as problem:
+        failed = type(problem)(re.sub("^--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(problem)))
+    except KeyboardInterrupt:
+        again = f'; go on with train(resume="{log.path.parent.as_posix()}")' if log and log.path else ""
+        failed = Interrupted(f"interrupted{again}")
+    finally:
+        if products:
+            torch.set_float32_matmul_precision(products)
+            torch.backends.cudnn.benchmark = benchmark
+        if chance is not None:
+            torch.mps.set_rng_state(chance)
+    raise failed
+
+
+@dataclass
+class Picture:
+    """A PNG that shows itself in a notebook."""
+
+    name: str
+    blob: bytes = dataclasses.field(repr=False)
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        return self.blob, png_size(self.blob)
+
+
+FITTING = "max-width: 100%; height: auto; background: white"  # style of a picture in a cell, whatever the theme
+
+
+class Pictures(dict[str, Picture]):
+    """Pictures by their names, all shown one below the other in a notebook."""
+
+    def __missing__(self, name: str) -> typing.NoReturn:
+        raise UsageError(f"no figure {name!r}{nearest(name, list(self))}; there are {', '.join(self)}")
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<p><b>{html.escape(name)}</b><br>{html_png(picture.blob, name, style=FITTING)}</p>"
+                       for name, picture in self.items())
+
+
+@dataclass
+class Page:
+    """A page that shows itself in a notebook, in a frame of its own: no style of either reaches the other."""
+
+    path: Path
+
+    def _repr_html_(self) -> str:
+        home = '<head>\n<base href="about:srcdoc">'  # else its links to its sections would lead to the notebook's
+        page = self.path.read_text("utf-8").replace("<head>", home, 1)
+        return (f'<iframe srcdoc="{html.escape(page)}" sandbox="allow-same-origin" title="report" '
+                'style="width: 100%; height: 800px; border: 1px solid #bbb"></iframe>')
+
+
+@dataclass
+class Prediction:
+    """What the model says about one picture or text."""
+
+    name: str
+    label: str
+    confidence: float
+    probabilities: dict[str, float]
+    hint: str  # of texts: the words that weighed most
+    sample: Any = dataclasses.field(repr=False)  # as the model saw it
+
+    def _repr_html_(self) -> str:
+        """A line of a table: the sample, its class, the likeliest classes as bars."""
+        shown = html.escape(textwrap.shorten(self.sample or "(empty)", 300, placeholder=" …")) if isinstance(
+            self.sample, str) else html_png(encode_png(self.sample), self.name, **THUMBNAIL)
+        likeliest = sorted(self.probabilities.items(), key=lambda pair: -pair[1])[:3]
+        bars = "".join(f'<div style="white-space: nowrap"><span style="display: inline-block; height: 0.7em; '
+                       f'background: {BLUE}; width: {8 * share:.2f}em"></span> {html.escape(name)} {share:.1%}</div>'
+                       for name, share in likeliest)
+        notes = "".join(f"<br><small>{html.escape(note)}</small>" for note in (self.name, self.hint) if note)
+        return "<tr>" + "".join(f'<td style="text-align: left">{cell}</td>' for cell in (
+            shown, f"<b>{html.escape(self.label)}</b> {self.confidence:.1%}{notes}", bars)) + "</tr>"
+
+
+THUMBNAIL = {"width": 64, "height": 64, "style": "image-rendering: pixelated; max-width: none"}
+
+
+class Predictions(list[Prediction]):
+    """One for each picture or text; a table in a notebook, with the explanations below if they were asked for."""
+
+    def __init__(self, each: list[Prediction], reasons: Pictures, note: str) -> None:
+        super().__init__(each)
+        self.reasons, self.note = reasons, note
+
+    def _repr_html_(self) -> str:
+        note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
+        return f"<table>{''.join(each._repr_html_() for each in self)}</table>{note}{self.reasons._repr_html_()}"
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    """A picture [H, W] or [H, W, 3] as a file's content."""
+    from PIL import Image
+    Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def judge(ready: Predictor, inputs: Sequence[Any], explain: bool) -> Predictions:
+    """What the model says about these pictures or texts, and why."""
+    opened = [pair for one in inputs
+              for pair in ready.kind.open(os.fspath(one) if isinstance(one, os.PathLike) else one, ready.meta)]
+    if not opened:
+        raise UsageError("predict: nothing to predict in there")
+    for name, sample in opened:
+        if isinstance(sample, Unreadable):
+            raise UsageError(f"predict {name}: {sample}")
+    if explain and len(opened) > 24:
+        raise UsageError(f"predict: explain=True draws at most 24 samples, got {len(opened)}")
+    samples = ready.pack([sample for _, sample in opened])
+    shares = ready.shares(samples)
+    each = [Prediction("" if isinstance(sample, str) else name, ready.classes[some.argmax()], float(some.max()),
+                       dict(zip(ready.classes, some.tolist(), strict=True)),
+                       ready.kind.hint(ready.model, samples, row), samples.show(row))
+            for row, ((name, sample), some) in enumerate(zip(opened, shares, strict=True))]
+    note, reasons = f"This model was trained on {ready.meta['dataset']}." if ready.meta["stand_in"] else "", Pictures()
+    if explain:
+        said = [f"{one.label} {one.confidence:.0%}" for one in each]
+        with tempfile.TemporaryDirectory() as scratch:
+            for path in draw_reasons(ready, samples, shares, said, Path(scratch) / "why"):
+                if path.suffix == ".png":
+                    name = path.stem.removeprefix("why-")
+                    reasons[name] = Picture(name, path.read_bytes())
+    return Predictions(each, reasons, note)
+
+
+class Result:
+    """A finished run in a notebook, to look at and to use; it keeps nothing in memory but the model, once it predicts.
+
+    run.metrics, run.figures["gradcam"], run.report, run.folder, run.predict("cat.png", explain=True)
+    """
+
+    def __init__(self, folder: Path) -> None:
+        check_run(folder)
+        self.folder, self.metrics = folder, read_json(folder / "metrics.json")
+        if "test_accuracy" not in self.metrics:
+            raise UsageError(f'{folder} has not finished; go on with train(resume="{folder.as_posix()}")')
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        m = self.metrics
+        ended = f", {m['ended']}" if "ended" in m else ""
+        return f"<{self.folder}: {m['model']} on {m['dataset']}, test accuracy {m['test_accuracy']:.2%}{ended}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{html.escape(repr(self)[1:-1])}</b></p>{self.figures._repr_html_()}"
+
+    @property
+    def figures(self) -> Pictures:
+        """All figures of the run."""
+        return Pictures({path.stem: Picture(path.stem, path.read_bytes())
+                         for path in sorted(self.folder.glob("*.png"))})
+
+    @property
+    def report(self) -> Page:
+        """The report."""
+        return Page(self.folder / "report.html")
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """The model, loaded when it is first needed."""
+        return Predictor(self.folder, start_runtime(Config(precision="fp32")))
+
+    def predict(self, given: Any, explain: bool = False) -> Predictions:
+        """Class and probabilities of a picture (a file, an array, Pillow's), a text, or a list of them."""
+        inputs = given if isinstance(given, list | tuple) else [given]
+        return as_a_guest(lambda: judge(self.predictor, inputs, explain))
+
+
+def load(folder: str | os.PathLike[str]) -> Result:
+    """A finished run from its folder."""
+    return as_a_guest(lambda: Result(Path(folder)))
+
+
+def train_as_asked(asked: dict[str, Any], log: Log) -> Result:
+    """What the command line does, from keyword arguments."""
+    fields = [field.name for field in dataclasses.fields(Config)]
+    known = [*fields, "resume", "config"]
+    for key, value in asked.items():
+        if key not in known:
+            raise UsageError(f"train has no {key}={nearest(key, known)}")
+        asked[key] = value.item() if isinstance(value, np.generic) else (
+            os.fspath(value) if isinstance(value, os.PathLike) else value)
+    given = {key: asked[key] for key in asked if key in fields}
+    paths = {key: asked[key] for key in asked if key not in fields}
+    if len(paths) > 1:
+        raise UsageError("resume and config cannot be combined")
+    if given.get("task") == "all":
+        raise UsageError(f"task all: train them one after another: {', '.join(TASKS)}")
+    for key, path in paths.items():
+        if not isinstance(path, str):
+            raise UsageError(f"{key} takes a path, got {path!r}")
+    if "resume" in paths:
+        resume(folder := Path(paths["resume"]), given, log)
+        return Result(folder)
+    return Result(train_run(given, log, read_config(Path(paths["config"])) if paths else None))
+
+
+def train(task: str = "", **flags: Any) -> Result:
+    """Train in a notebook: train("cifar10", epochs=3). Keyword arguments are the flags, with underscores.
+
+    train(resume=FOLDER) goes on with a run, train(config=FILE) repeats one.
+    """
+    log = Log()
+    try:
+        return as_a_guest(lambda: train_as_asked({"task": task, **flags} if task else flags, log), log)
+    finally:
+        gc.collect()  # what is left of the training refers to itself
+
+
+# -- flags -------------------------------------------------------------------------------------------------------------
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but errors become UsageError."""
 
@@ -5801,14 +6102,15 @@ def run_command(argv: list[str], log: Log) -> None:
         evaluate(args.run, given, log)
     elif args.compare:
         compare(args.compare, given, log)
-    elif args.resume:
-        resume(args.resume, given, log)
-    elif args.config:
-        train_run(given, log, read_config(args.config))
-    elif given.get("task") == "all":
+    elif given.get("task") == "all" and not args.resume and not args.config:
         train_all(given, log)
     else:
-        train_run(given, log)
+        if args.resume:
+            resume(args.resume, given, log)
+        folder = args.resume or train_run(given, log, read_config(args.config) if args.config else None)
+        if in_notebook():
+            from IPython.display import display
+            display(Result(folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -5842,4 +6144,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if (code := main()) and not in_notebook():  # there %run would show the exit as one more error
+        sys.exit(code)
