@@ -3303,7 +3303,7 @@ def plot_search(tried: list[Tried], weights: dict[str, float], logarithmic: set[
     with canvas(path, 11, 5.2) as figure:
         grid = figure.add_gridspec(2, 4)
         plot_trials(figure.add_subplot(grid[:, :2]), tried)
-        axes = figure.add_subplot(grid[0, 2:])
+        axes = figure.add_subplot(grid[0 if weights else slice(None), 2:])
         names = [name.replace("_", " ") for name in weights]
         axes.set(title="share of the differences in accuracy (fANOVA, a rough estimate)")
         if weights:
@@ -3312,7 +3312,7 @@ def plot_search(tried: list[Tried], weights: dict[str, float], logarithmic: set[
             axes.set(xlim=(0, 115 * max(weights.values())), xticks=[])
             axes.invert_yaxis()
         else:
-            axes.text(0.5, 0.5, "too few finished trials to tell what mattered", ha="center", va="center", color=GREY)
+            axes.text(0.5, 0.5, "too few different results to tell what mattered", ha="center", va="center", color=GREY)
             axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         for place, name in enumerate([*weights][:2]):
@@ -3324,7 +3324,7 @@ def plot_trials(axes: Any, tried: list[Tried]) -> None:
     """Accuracy of the trials in their order, with the best so far; what lies far below is drawn at the lower edge."""
     known = [trial for trial in tried if not math.isnan(trial.accuracy)]
     ends = np.array([100 * trial.accuracy for trial in known])
-    floor = 2.5 * np.median(ends) - 1.5 * ends.max() - 0.5
+    floor = min(2.5 * np.median(ends) - 1.5 * ends.max(), ends.max() - 4)
     for label, colour, marker, some in (
             ("finished", BLUE, "o", [t for t in known if t.state == "complete" and not t.default]),
             ("pruned: its best epoch", GREY, "x", [t for t in known if t.state != "complete" and not t.default]),
@@ -3346,7 +3346,8 @@ def plot_trials(axes: Any, tried: list[Tried]) -> None:
     if (ends < floor).any():
         axes.set_ylim(bottom=floor)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=True, loc="lower right")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, columnspacing=1.2,
+                handletextpad=0.4)
 
 
 def plot_setting(axes: Any, name: str, tried: list[Tried], logarithmic: bool) -> None:
@@ -4578,8 +4579,8 @@ def say_search(tried: list[Tried]) -> list[str]:
     if not best:
         return ["no trial was finished: nothing to choose from"]
     many = sum(trial.state != "failed" for trial in tried)
-    said = [f"trial {best.number} of {len(tried)}, {best.accuracy:.2%} of {len(best.right):,} validation samples: "
-            + say_settings(best.settings)]
+    said = [f"trial {best.number}, the best of {len(tried)}: {best.accuracy:.2%} of {len(best.right):,} validation "
+            f"samples with {say_settings(best.settings)}"]
     if not default:
         return [*said, "the default was not finished: there is nothing to compare with"]
     if best is default:
@@ -5114,7 +5115,8 @@ class Run:
 
 # -- searching --------------------------------------------------------------------------------------------------------
 
-BEAT = 5  # seconds between a running trial's signs of life in a database; after six without one it counts as dead
+BEAT, DEAD = 5, 30  # seconds between a trial's signs of life in a database; after which without one it counts as dead
+LOCKED = 20  # seconds to wait for a database that another process writes into
 CLOSING = 5.0  # seconds that the last figure of a search may take
 
 
@@ -5126,10 +5128,10 @@ def open_storage(url: str) -> Any:
     """The database that keeps a search, and that several processes may share; or one clear line."""
     import optuna
     import sqlalchemy
-    options = {"connect_args": {"timeout": 20}} if url.startswith("sqlite") else {}
+    options = {"connect_args": {"timeout": LOCKED}} if url.startswith("sqlite") else {}
     for last in (False, False, False, True):
         try:
-            return optuna.storages.RDBStorage(url, options, heartbeat_interval=BEAT, grace_period=6 * BEAT)
+            return optuna.storages.RDBStorage(url, options, heartbeat_interval=BEAT, grace_period=DEAD)
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError,
                 RuntimeError, ValueError) as problem:
             if last or not re.search("already exists|UNIQUE", str(problem)):  # else another made the tables meanwhile
@@ -5155,7 +5157,9 @@ def name_study(config: Config, space: dict[str, Any], raw: Raw) -> str:
 def counts(trial: Any) -> bool:
     """Whether a trial takes one of the study's places: it has ended by its settings, not by a signal, or is alive."""
     if trial.state.name == "RUNNING":  # one that was killed before its first sign of life is never found dead
-        return bool(trial.params) or time.time() - trial.datetime_start.timestamp() < 6 * BEAT
+        if "dropped" in trial.user_attrs:
+            return False
+        return bool(trial.params) or time.time() - trial.datetime_start.timestamp() < DEAD
     return trial.state.name in ("COMPLETE", "PRUNED") or "reason" in trial.user_attrs
 
 
@@ -5290,7 +5294,7 @@ class Search:
         return dataclasses.replace(self.config, **trial.params)
 
     def attempt(self, trial: Any) -> float:
-        """Train with one choice of settings; its best epoch's validation accuracy."""
+        """Train with one choice of settings: its best epoch's validation accuracy, of equals the lower loss."""
         config, runtime, started = self.choose(trial), self.runtime, time.perf_counter()
         state = None
         try:
@@ -5313,7 +5317,7 @@ class Search:
                                    ("samples", len(right)),
                                    ("right", base64.b64encode(np.packbits(right.numpy()).tobytes()).decode())):
                     trial.set_user_attr(key, value)
-        return state.best["val_accuracy"]
+        return state.best["val_accuracy"] - min(10, state.best["val_loss"]) / (20 * len(right))  # below half a sample
 
     def on_epoch(self, trial: Any, state: State) -> None:
         """After each epoch: give up what lags behind the others, or would not end in time."""
@@ -5349,11 +5353,11 @@ class Search:
     def weigh(self) -> dict[str, float]:
         """How much each setting mattered, the most first; nothing while there are too few trials to tell."""
         from optuna.importance import FanovaImportanceEvaluator, get_param_importances
-        finished = {trial.accuracy for trial in self.tried if trial.state == "complete"}
-        if len(finished) < 4:
+        if len({trial.accuracy for trial in self.tried if trial.state == "complete"}) < 3:
             return {}
         try:
-            return get_param_importances(self.study, evaluator=FanovaImportanceEvaluator(seed=self.config.seed))
+            return get_param_importances(self.study, evaluator=FanovaImportanceEvaluator(seed=0),
+                                         target=lambda trial: trial.user_attrs["accuracy"])
         except (RuntimeError, ValueError):  # no differences to be explained
             return {}
 
@@ -5540,10 +5544,10 @@ def build_parser() -> Parser:
             options |= {"type": types[field.name], "metavar": field.name.split("_")[-1].upper()}
         groups[field.metadata["group"]].add_argument(flag_name(field.name), **options)
     tuning = groups["training"].add_argument
-    tuning("--search", type=int, metavar="N", help="seek better settings in so many trainings, judged on the validation "
-                                                   "part alone; what is given stays")
-    tuning("--storage", metavar="URL", help="keep a search in this database, as sqlite:///study.db: it can go on later, "
-                                            "and several processes can share it")
+    tuning("--search", type=int, metavar="N", help="seek better settings in so many trainings, judged on validation "
+                                                   "samples alone; what is given stays")
+    tuning("--storage", metavar="URL", help="keep a search in this database, as sqlite:///study.db: it can go on, and "
+                                            "several processes can share it")
     again = parser.add_argument_group("using it again")
     again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict and --evaluate")
     again.add_argument("--predict", nargs="+", metavar="INPUT", help="pictures, sentences, or files of lines")
