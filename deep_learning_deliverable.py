@@ -3322,12 +3322,12 @@ def plot_search(tried: list[Tried], weights: dict[str, float], logarithmic: set[
 
 def plot_trials(axes: Any, tried: list[Tried]) -> None:
     """Accuracy of the trials in their order, with the best so far; what lies far below is drawn at the lower edge."""
-    known = [trial for trial in tried if not math.isnan(trial.accuracy)]
+    known = [trial for trial in tried if trial.state in ("complete", "pruned")]
     ends = np.array([100 * trial.accuracy for trial in known])
     floor = min(2.5 * np.median(ends) - 1.5 * ends.max(), ends.max() - 4)
     for label, colour, marker, some in (
             ("finished", BLUE, "o", [t for t in known if t.state == "complete" and not t.default]),
-            ("pruned: its best epoch", GREY, "x", [t for t in known if t.state != "complete" and not t.default]),
+            ("pruned: its best epoch", GREY, "x", [t for t in known if t.state == "pruned" and not t.default]),
             ("the default", ORANGE, "*", [t for t in known if t.default])):
         if some:
             axes.scatter([t.number for t in some], [max(100 * t.accuracy, floor) for t in some], color=colour,
@@ -4578,7 +4578,7 @@ def say_search(tried: list[Tried]) -> list[str]:
     best, default = find_best(tried), next((t for t in tried if t.default and t.state == "complete"), None)
     if not best:
         return ["no trial was finished: nothing to choose from"]
-    many = sum(trial.state != "failed" for trial in tried)
+    many = sum(trial.state in ("complete", "pruned") for trial in tried)
     said = [f"trial {best.number}, the best of {len(tried)}: {best.accuracy:.2%} of {len(best.right):,} validation "
             f"samples with {say_settings(best.settings)}"]
     if not default:
@@ -4827,7 +4827,7 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
         log(f"Note          trained on {data.name}")
 
 
-def load(given: dict[str, Any], saved: dict[str, Any], log: Log, world: World) -> tuple[Config, Runtime, Raw]:
+def load_all(given: dict[str, Any], saved: dict[str, Any], log: Log, world: World) -> tuple[Config, Runtime, Raw]:
     """From flags to a device, a data set as it comes, and the settings that suit both."""
     config = settle(saved, given)
     runtime = start_runtime(config, world)
@@ -4841,7 +4841,7 @@ def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log,
             world: World) -> tuple[Config, Runtime, Raw, Data, Clock]:
     """From flags to data on the device, and settings of which nothing is left open."""
     clock = Clock(time.perf_counter() - IMPORTING, "")
-    config, runtime, raw = load(given, saved, log, world)
+    config, runtime, raw = load_all(given, saved, log, world)
     if config.budget and not config.dry_run:
         clock.budget = config.budget
         config = make_the_most(raw, config, runtime, given, clock)
@@ -5134,10 +5134,15 @@ def open_storage(url: str) -> Any:
             return optuna.storages.RDBStorage(url, options, heartbeat_interval=BEAT, grace_period=DEAD)
         except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError,
                 RuntimeError, ValueError) as problem:
-            if last or not re.search("already exists|UNIQUE", str(problem)):  # else another made the tables meanwhile
-                raise UsageError(f"--storage {url}: {say_database(problem)}; give a database, as sqlite:///study.db"
-                                 ) from problem
+            if last or not re.search("(?i)exists|unique|duplicate", str(problem)):  # not of tables that another made
+                raise UsageError(f"--storage {say_address(url)}: {say_database(problem)}; give a database, as "
+                                 "sqlite:///study.db") from problem
             time.sleep(0.5)
+
+
+def say_address(url: str | None) -> str:
+    """Without the password that it may hold."""
+    return re.sub(r"://[^@/]*@", "://...@", url or "")
 
 
 def say_database(problem: BaseException) -> str:
@@ -5212,7 +5217,7 @@ class Search:
     def __post_init__(self) -> None:
         import optuna
         # Processes that share a study must not propose the same, so each has its own chance.
-        seed = (self.config.seed + (os.getpid() if self.shared else 0)) % 2**32
+        seed = (self.config.seed + (time.time_ns() if self.shared else 0)) % 2**32
         self.samplers = (optuna.samplers.TPESampler(n_startup_trials=max(4, min(10, self.wanted // 3)), seed=seed,
                                                     constant_liar=True), optuna.samplers.RandomSampler(seed))
         self.default = {name: getattr(self.config, name) for name in self.space}
@@ -5245,7 +5250,8 @@ class Search:
             if len(trials) < self.wanted:
                 self.ensure_default()
                 self.study.sampler = self.samplers[self.repeats]  # TPE might insist on what has been tried
-                self.study.optimize(self.attempt, n_trials=1, catch=(Dropped,))
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # slept, and was taken for dead
+                    self.study.optimize(self.attempt, n_trials=1, catch=(Dropped,))
                 self.look()
                 self.say_trial()
             elif not told:
@@ -5364,7 +5370,7 @@ class Search:
     def conclude(self) -> None:
         """The figure and the last lines."""
         self.look()
-        if any(not math.isnan(trial.accuracy) for trial in self.tried):
+        if any(trial.state in ("complete", "pruned") for trial in self.tried):
             logarithmic = {name for name, span in self.space.items() if isinstance(span, Span) and span.log}
             plot_search(self.tried, self.weigh(), logarithmic, self.folder / "search.png",
                         f"{self.raw.name} · {self.config.model} · {count(len(self.tried), 'trial')}")
@@ -5408,8 +5414,8 @@ def using_optuna(url: str | None) -> Iterator[None]:
         try:
             yield
         except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as problem:
-            raise Failure(f"--storage {url}: {say_database(problem)}; what was tried is kept, and the same command "
-                          "goes on with it") from problem
+            raise Failure(f"--storage {say_address(url)}: {say_database(problem)}; what was tried is kept, and "
+                          "the same command goes on with it") from problem
 
 
 def search(wanted: int, url: str | None, given: dict[str, Any], log: Log) -> Path:
@@ -5417,7 +5423,7 @@ def search(wanted: int, url: str | None, given: dict[str, Any], log: Log) -> Pat
     clock = Clock(time.perf_counter() - IMPORTING, check_search(wanted, given).budget)
     with Brake() as brake, using_optuna(url):
         storage = open_storage(url) if url is not None else None
-        config, runtime, raw = load({**given, "budget": ""}, {}, log, World())
+        config, runtime, raw = load_all({**given, "budget": ""}, {}, log, World())
         parts = split_rows(raw, config)
         parts["test"] = parts["test"][:0]  # what is not there cannot be looked at
         for note in check_parts(build_data(raw, config, parts), config, World()):
@@ -5432,11 +5438,15 @@ def search(wanted: int, url: str | None, given: dict[str, Any], log: Log) -> Pat
         try:
             work.start()
             work.go()
+            work.conclude()
         except KeyboardInterrupt:
-            log("\nStopped" + (f"; the same command goes on with what is in {url}" if url else ""))
+            log("\nStopped" + ("; the same command goes on with what is in --storage" if url else ""))
             work.conclude()
             raise
-        work.conclude()
+        except OSError as problem:
+            raise Failure(f"cannot write {problem.filename or folder}: {problem.strerror}") from problem
+    if not find_best(work.tried):
+        raise Failure("no trial was finished; give a longer --budget, fewer --epochs, or a smaller --lr")
     return folder
 
 

@@ -104,7 +104,7 @@ def test_two_processes_share_a_study_and_repeat_nothing(tmp_path, capsys):
 def prepared(tmp_path, wanted, storage=None, **settings):
     """A search that has not begun."""
     given = {"task": "mnist", "data": "offline", "device": "cpu", "limit": 150, "epochs": 2, "width": 64, **settings}
-    config, runtime, raw = dld.load(given, {}, dld.Log(), dld.World())
+    config, runtime, raw = dld.load_all(given, {}, dld.Log(), dld.World())
     parts = dld.split_rows(raw, config)
     space = dld.search_space(config, given)
     study = dld.create_study(storage, config, space, raw)
