@@ -3300,31 +3300,34 @@ class Tried:
 
 def plot_search(tried: list[Tried], weights: dict[str, float], logarithmic: set[str], path: Path, title: str) -> None:
     """What each trial reached, and which settings mattered."""
+    ends = np.array([100 * trial.accuracy for trial in tried if trial.state in ("complete", "pruned")])
+    floor = min(2.5 * np.median(ends) - 1.5 * ends.max(), ends.max() - 4)  # what lies below is drawn at the edge
     with canvas(path, 11, 5.2) as figure:
-        grid = figure.add_gridspec(2, 4)
-        plot_trials(figure.add_subplot(grid[:, :2]), tried)
-        axes = figure.add_subplot(grid[0 if weights else slice(None), 2:])
-        names = [name.replace("_", " ") for name in weights]
-        axes.set(title="share of the differences in accuracy (fANOVA, a rough estimate)")
-        if weights:
-            bars = axes.barh(names, [100 * weight for weight in weights.values()], color=BLUE, height=0.6)
-            axes.bar_label(bars, [f"{weight:.0%}" for weight in weights.values()], padding=4, fontsize=9)
-            axes.set(xlim=(0, 115 * max(weights.values())), xticks=[])
-            axes.invert_yaxis()
-        else:
-            axes.text(0.5, 0.5, "too few different results to tell what mattered", ha="center", va="center", color=GREY)
-            axes.set(xticks=[], yticks=[])
+        left, right = figure.subfigures(1, 2)
+        plot_trials(left.subplots(), tried, floor)
+        above, below = right.subfigures(2, 1) if weights else (right, right)
+        axes = above.subplots()
+        axes.set(title="what mattered (fANOVA, a rough estimate)", xticks=[])
         axes.grid(visible=False)
-        for place, name in enumerate([*weights][:2]):
-            plot_setting(figure.add_subplot(grid[1, 2 + place]), name, tried, name in logarithmic)
+        if not weights:
+            axes.text(0.5, 0.5, "too few different results to tell what mattered", ha="center", color=GREY)
+            axes.set(yticks=[])
+        else:
+            shares = list(weights.values())
+            bars = axes.barh([name.replace("_", " ") for name in weights], shares, color=BLUE, height=0.6)
+            axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4, fontsize=9)
+            axes.set_xlim(0, 1.15 * max(shares))
+            axes.invert_yaxis()
+            shown = [*weights][:2]
+            for axes, name in zip(below.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
+                plot_setting(axes, name, tried, name in logarithmic, floor)
+            below.axes[0].set_ylabel("accuracy in %")
         figure.suptitle(title)
 
 
-def plot_trials(axes: Any, tried: list[Tried]) -> None:
-    """Accuracy of the trials in their order, with the best so far; what lies far below is drawn at the lower edge."""
+def plot_trials(axes: Any, tried: list[Tried], floor: float) -> None:
+    """Accuracy of the trials in their order, with the best so far."""
     known = [trial for trial in tried if trial.state in ("complete", "pruned")]
-    ends = np.array([100 * trial.accuracy for trial in known])
-    floor = min(2.5 * np.median(ends) - 1.5 * ends.max(), ends.max() - 4)
     for label, colour, marker, some in (
             ("finished", BLUE, "o", [t for t in known if t.state == "complete" and not t.default]),
             ("pruned: its best epoch", GREY, "x", [t for t in known if t.state == "pruned" and not t.default]),
@@ -3334,8 +3337,9 @@ def plot_trials(axes: Any, tried: list[Tried]) -> None:
                          marker=marker, s=130 if marker == "*" else 36, label=label, zorder=3, clip_on=False)
     for trial in known:
         if 100 * trial.accuracy < floor:
-            axes.annotate(f"{trial.accuracy:.0%}", (trial.number, floor), (0, 6), textcoords="offset points",
-                          ha="center", fontsize=8, color=GREY)
+            axes.annotate(f"{trial.accuracy:.0%}", (trial.number, floor), (0, 7), textcoords="offset points",
+                          ha="center", fontsize=8, color=GREY, rotation=90)
+            axes.set_ylim(bottom=floor)
     finished = [trial for trial in known if trial.state == "complete"]
     best = np.maximum.accumulate([100 * trial.accuracy for trial in finished])
     if len(best):
@@ -3343,14 +3347,12 @@ def plot_trials(axes: Any, tried: list[Tried]) -> None:
                   color=BLUE, linewidth=1, label="best so far")
     axes.set(title="validation accuracy of each trial", xlabel="trial", ylabel="accuracy in %",
              xlim=(0.4, known[-1].number + 0.6))
-    if (ends < floor).any():
-        axes.set_ylim(bottom=floor)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, columnspacing=1.2,
-                handletextpad=0.4)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, columnspacing=1,
+                handletextpad=0.2)
 
 
-def plot_setting(axes: Any, name: str, tried: list[Tried], logarithmic: bool) -> None:
+def plot_setting(axes: Any, name: str, tried: list[Tried], logarithmic: bool, floor: float) -> None:
     """The finished trials' accuracy over the values of one setting."""
     some = [trial for trial in tried if trial.state == "complete"]
     words = sorted({str(trial.settings[name]) for trial in some})
@@ -3359,12 +3361,19 @@ def plot_setting(axes: Any, name: str, tried: list[Tried], logarithmic: bool) ->
         these = [trial for trial in some if trial.default is default]
         values = [trial.settings[name] for trial in these]
         axes.scatter([words.index(value) for value in values] if named else values,
-                     [100 * trial.accuracy for trial in these], color=colour, marker=marker, s=size, zorder=3)
-    axes.set(xlabel=name.replace("_", " "), ylabel="accuracy in %" if axes.get_subplotspec().colspan.start == 2 else "")
+                     [max(100 * trial.accuracy, floor) for trial in these], color=colour, marker=marker, s=size,
+                     zorder=3, clip_on=False)
+    axes.set_xlabel(name.replace("_", " "))
+    if any(100 * trial.accuracy < floor for trial in some):
+        axes.set_ylim(bottom=floor)
     if named:
         axes.set(xticks=range(len(words)), xticklabels=words, xlim=(-0.5, len(words) - 0.5))
     elif logarithmic:
         axes.set_xscale("log")
+        values = [trial.settings[name] for trial in some]
+        ticks = np.geomspace(min(values), max(values), 3)
+        axes.set_xticks([], minor=True)
+        axes.set_xticks(ticks, [f"{tick:.2g}" if tick < 10 else f"{tick:.0f}" for tick in ticks])
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------

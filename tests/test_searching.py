@@ -150,6 +150,16 @@ def test_the_budget_ends_a_trial_and_the_search(tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "best.json").read_text("utf-8"))["budget"] == ""
 
 
+def test_a_small_space_is_tried_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setitem(dld.SPACES, "mlp", {"schedule": ("onecycle", "cosine", "linear"), "clip": (0.0, 0.5, 1.0)})
+    monkeypatch.setattr(dld, "plot_search", lambda *given: None)
+    tries, choose = iter(range(200)), dld.Search.choose
+    monkeypatch.setattr(dld.Search, "choose", lambda *given: next(tries) is not None and choose(*given))
+    assert dld.main([*QUICK, "--search", "50", "--epochs", "1", "--output-dir", str(tmp_path)]) == 0
+    rows = table(tmp_path / "search-mnist-offline-digits")
+    assert len({(row["schedule"], row["clip"]) for row in rows}) == len(rows) == 9
+
+
 def break_second(monkeypatch, problem):
     """Let the second training of a search end with this."""
     calls, fit = [], dld.fit
