@@ -4588,7 +4588,7 @@ def say_search(tried: list[Tried]) -> list[str]:
     if not best:
         return ["no trial was finished: nothing to choose from"]
     many = sum(trial.state in ("complete", "pruned") for trial in tried)
-    said = [f"trial {best.number}, the best of {len(tried)}: {best.accuracy:.2%} of {len(best.right):,} validation "
+    said = [f"trial {best.number}, the best of {many}: {best.accuracy:.2%} of {len(best.right):,} validation "
             f"samples with {say_settings(best.settings)}"]
     if not default:
         return [*said, "the default was not finished: there is nothing to compare with"]
