@@ -6,6 +6,7 @@
     python deep_learning_deliverable.py --task mnist                    an MLP on MNIST
     python deep_learning_deliverable.py --task sentiment                an LSTM with attention on IMDb reviews
     python deep_learning_deliverable.py --task all --data offline       all three on built-in data, and a comparison
+    python deep_learning_deliverable.py --task mnist --search 20        settings that train better, by validation alone
     python deep_learning_deliverable.py --predict cat.png --run outputs/cifar10
     python deep_learning_deliverable.py --compare outputs/cifar10 outputs/cifar10-2
     python deep_learning_deliverable.py --resume outputs/cifar10 --epochs 30
@@ -3783,6 +3784,99 @@ def plot_comparison(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         figure.suptitle(textwrap.fill(title, 84))
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One trial of a search."""
+
+    number: int  # counted from 1
+    state: str  # complete, pruned, failed, interrupted or running
+    settings: dict[str, Any]  # those that the search varies
+    accuracy: float  # of its best epoch, on the validation part; not a number if it has none
+    loss: float
+    seconds: float
+    default: bool  # whether it has the settings that one gets without a search
+    right: np.ndarray  # bool [validation samples]
+    reason: str = ""  # why it failed
+
+
+def plot_search(tried: list[Tried], weights: dict[str, float], logarithmic: set[str], path: Path, title: str) -> None:
+    """What each trial reached, and which settings mattered."""
+    ends = np.array([100 * trial.accuracy for trial in tried if trial.state in ("complete", "pruned")])
+    floor = min(2.5 * np.median(ends) - 1.5 * ends.max(), ends.max() - 4)  # what lies below is drawn at the edge
+    with canvas(path, 11, 5.2) as figure:
+        left, right = figure.subfigures(1, 2)
+        plot_trials(left.subplots(), tried, floor)
+        above, below = right.subfigures(2, 1) if weights else (right, right)
+        axes = above.subplots()
+        axes.set(title="what mattered (fANOVA, a rough estimate)", xticks=[])
+        axes.grid(visible=False)
+        if not weights:
+            axes.text(0.5, 0.5, "too few different results to tell what mattered", ha="center", color=GREY)
+            axes.set(yticks=[])
+        else:
+            shares = list(weights.values())
+            bars = axes.barh([name.replace("_", " ") for name in weights], shares, color=BLUE, height=0.6)
+            axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4, fontsize=9)
+            axes.set_xlim(0, 1.15 * max(shares))
+            axes.invert_yaxis()
+            shown = [*weights][:2]
+            for axes, name in zip(below.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
+                plot_setting(axes, name, tried, name in logarithmic, floor)
+            below.axes[0].set_ylabel("accuracy in %")
+        figure.suptitle(title)
+
+
+def plot_trials(axes: Any, tried: list[Tried], floor: float) -> None:
+    """Accuracy of the trials in their order, with the best so far."""
+    known = [trial for trial in tried if trial.state in ("complete", "pruned")]
+    for label, colour, marker, some in (
+            ("finished", BLUE, "o", [t for t in known if t.state == "complete" and not t.default]),
+            ("pruned: its best epoch", GREY, "x", [t for t in known if t.state == "pruned" and not t.default]),
+            ("the default", ORANGE, "*", [t for t in known if t.default])):
+        if some:
+            axes.scatter([t.number for t in some], [max(100 * t.accuracy, floor) for t in some], color=colour,
+                         marker=marker, s=130 if marker == "*" else 36, label=label, zorder=3, clip_on=False)
+    for trial in known:
+        if 100 * trial.accuracy < floor:
+            axes.annotate(f"{trial.accuracy:.0%}", (trial.number, floor), (0, 7), textcoords="offset points",
+                          ha="center", fontsize=8, color=GREY, rotation=90)
+            axes.set_ylim(bottom=floor)
+    finished = [trial for trial in known if trial.state == "complete"]
+    best = np.maximum.accumulate([100 * trial.accuracy for trial in finished])
+    if len(best):
+        axes.step([*(trial.number for trial in finished), known[-1].number + 0.4], [*best, best[-1]], where="post",
+                  color=BLUE, linewidth=1, label="best so far")
+    axes.set(title="validation accuracy of each trial", xlabel="trial", ylabel="accuracy in %",
+             xlim=(0.4, known[-1].number + 0.6))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, columnspacing=1,
+                handletextpad=0.2)
+
+
+def plot_setting(axes: Any, name: str, tried: list[Tried], logarithmic: bool, floor: float) -> None:
+    """The finished trials' accuracy over the values of one setting."""
+    some = [trial for trial in tried if trial.state == "complete"]
+    words = sorted({str(trial.settings[name]) for trial in some})
+    named = isinstance(some[0].settings[name], str)
+    for default, colour, marker, size in ((False, BLUE, "o", 26), (True, ORANGE, "*", 110)):
+        these = [trial for trial in some if trial.default is default]
+        values = [trial.settings[name] for trial in these]
+        axes.scatter([words.index(value) for value in values] if named else values,
+                     [max(100 * trial.accuracy, floor) for trial in these], color=colour, marker=marker, s=size,
+                     zorder=3, clip_on=False)
+    axes.set_xlabel(name.replace("_", " "))
+    if any(100 * trial.accuracy < floor for trial in some):
+        axes.set_ylim(bottom=floor)
+    if named:
+        axes.set(xticks=range(len(words)), xticklabels=words, xlim=(-0.5, len(words) - 0.5))
+    elif logarithmic:
+        axes.set_xscale("log")
+        values = [trial.settings[name] for trial in some]
+        ticks = np.geomspace(min(values), max(values), 3)
+        axes.set_xticks([], minor=True)
+        axes.set_xticks(ticks, [f"{tick:.2g}" if tick < 10 else f"{tick:.0f}" for tick in ticks])
+
+
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 PAGE = """<!DOCTYPE html>
@@ -4127,6 +4221,38 @@ LADDERS: dict[str, list[dict[str, Any]]] = {
 
 LADDERS["transformer"] = LADDERS["lstm"]
 
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a search may look for a number: from low to high, or in multiples of the default."""
+
+    low: float
+    high: float
+    log: bool = False
+    times: bool = False
+
+
+HALF_TO_DOUBLE, RATES = Span(0.5, 2, log=True, times=True), Span(0.25, 4, log=True, times=True)
+
+# What --search varies, for each model; a tuple holds choices. Left out is what would change the cost of a trial much,
+# for then a search finds no more than that larger networks and more epochs are better.
+SPACES: dict[str, dict[str, Span | tuple[Any, ...]]] = {
+    "fast": {"lr": RATES, "label_smoothing": Span(0, 0.4), "batch_size": HALF_TO_DOUBLE,
+             "schedule": ("linear", "cosine", "onecycle")},
+    "classic": {"lr": RATES, "dropout": Span(0.1, 0.7), "label_smoothing": Span(0, 0.2), "batch_size": HALF_TO_DOUBLE,
+                "weight_decay": Span(1e-3, 0.3, log=True), "schedule": ("onecycle", "cosine", "linear")},
+    "mlp": {"lr": RATES, "dropout": Span(0, 0.5), "label_smoothing": Span(0, 0.2), "batch_size": HALF_TO_DOUBLE,
+            "weight_decay": Span(1e-3, 0.3, log=True), "schedule": ("onecycle", "cosine", "linear")},
+    "lstm": {"lr": RATES, "dropout": Span(0.05, 0.6), "label_smoothing": Span(0, 0.2), "batch_size": HALF_TO_DOUBLE,
+             "clip": Span(0.25, 4, log=True), "schedule": ("constant", "cosine", "linear")},
+    "transformer": {"lr": RATES, "dropout": Span(0.05, 0.5), "label_smoothing": Span(0, 0.2),
+                    "batch_size": HALF_TO_DOUBLE, "clip": Span(0.25, 4, log=True),
+                    "schedule": ("cosine", "onecycle", "linear")},
+    "": {"lr": RATES, "label_smoothing": Span(0, 0.2), "batch_size": HALF_TO_DOUBLE,
+         "weight_decay": Span(1e-3, 0.3, log=True), "schedule": ("onecycle", "cosine", "linear")},
+}
+
 EXPLANATIONS = {"gradcam": ("Grad-CAM", "where the network saw evidence for a class"),
                 "saliency": ("Integrated gradients", "which pixels add to a class"),
                 "attention": ("Attention", "the darker a word, the more it weighs (unshaded: average or less; "
@@ -4244,6 +4370,21 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False,
                          "own data needs --task images or --task text")
     check_model(config.model, KINDS[task.kind].models, with_torchvision=task.kind == "image")
     return config
+
+
+def search_space(config: Config, given: dict[str, Any]) -> dict[str, Span | tuple[Any, ...]]:
+    """What a search may vary around these settings: all in the model's table that no flag has fixed."""
+    table = SPACES.get(config.model, SPACES[""])
+    space = {name: span for name, span in table.items() if name not in given}
+    if not space:
+        raise UsageError(f"--search: nothing is left to vary; leave out one of {', '.join(map(flag_name, table))}")
+    for name, span in space.items():
+        if isinstance(span, Span):
+            value = getattr(config, name)
+            low, high = (end * value if span.times else end for end in (span.low, span.high))
+            whole = type(value) is int
+            space[name] = Span(max(2, round(low)) if whole else low, round(high) if whole else high, span.log)
+    return space
 
 
 def load_raw(config: Config, log: Log) -> Raw:
@@ -4494,6 +4635,12 @@ def make_run(path: Path, settings: dict[str, Any]) -> None:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def name_folder(config: Config, slug: str) -> str:
+    """What a run of this task is called, and with which data, where that is not the official one."""
+    own = re.sub(r"\W+", "-", Path(config.data).stem).strip("-") if TASKS[config.task].own else ""
+    return "-".join(filter(None, (config.task, slug, own, "dry-run" if config.dry_run else "")))
 
 
 def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
@@ -5086,6 +5233,40 @@ def say_verdicts(rows: list[dict[str, Any]], right: dict[str, np.ndarray]) -> li
     return said
 
 
+def say_settings(settings: dict[str, Any]) -> str:
+    """lr 0.0021, dropout 0.3"""
+    return ", ".join(f"{name.replace('_', ' ')} {f'{value:.2g}' if isinstance(value, float) else value}"
+                     for name, value in settings.items())
+
+
+def find_best(tried: list[Tried]) -> Tried | None:
+    """The finished trial with the highest validation accuracy; of equals, that with the lowest loss."""
+    finished = [trial for trial in tried if trial.state == "complete"]
+    return max(finished, key=lambda trial: (trial.accuracy, -trial.loss), default=None)
+
+
+def say_search(tried: list[Tried]) -> list[str]:
+    """The best of a search against the default, and how far to believe it."""
+    best, default = find_best(tried), next((t for t in tried if t.default and t.state == "complete"), None)
+    if not best:
+        return ["no trial was finished: nothing to choose from"]
+    many = sum(trial.state in ("complete", "pruned") for trial in tried)
+    said = [f"trial {best.number}, the best of {many}: {best.accuracy:.2%} of {len(best.right):,} validation "
+            f"samples with {say_settings(best.settings)}"]
+    if not default:
+        return [*said, "the default was not finished: there is nothing to compare with"]
+    if best is default:
+        return [*said, "this is the default itself: no other trial was better"]
+    alone = mcnemar(best.right, default.right)
+    p = min(1.0, alone * max(1, many - 1))
+    verdict = "more than chance explains" if p < 0.05 else "chance alone can make such a difference"
+    return [*said, f"the default has {default.accuracy:.2%}, a difference of "
+            f"{points(best.accuracy - default.accuracy)} points: {verdict}",
+            f"(McNemar's test {chance(alone)}; {chance(p)} corrected for the {count(many - 1, 'trial')} tried besides)",
+            "the best of many looks better than it is on the samples that it was chosen by; "
+            "only the test part, read once by the final run, tells what it is worth"]
+
+
 COMPARED = {  # column of comparison.csv -> how a person reads it
     "label": "{}", "dataset": "{}", "test_accuracy": "{:.2%}", "test_accuracy_low": "{:.2%}",
     "test_accuracy_high": "{:.2%}", "train_accuracy": "{:.2%}", "parameters": "{:,}", "multiply_adds": "{:,}",
@@ -5429,16 +5610,22 @@ def conclude(folder: Path, metrics: dict[str, Any], data: Data, log: Log) -> Non
         log(f"Note          trained on {data.name}")
 
 
-def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log,
-            world: World) -> tuple[Config, Runtime, Raw, Data, Clock]:
-    """From flags to data on the device, and settings of which nothing is left open."""
-    clock = Clock(time.perf_counter() - IMPORTING, "")
+def load_all(given: dict[str, Any], saved: dict[str, Any], log: Log, world: World) -> tuple[Config, Runtime, Raw]:
+    """From flags to a device, a data set as it comes, and the settings that suit both."""
     config = settle(saved, given)
     runtime = start_runtime(config, world)
     raw = load_together(config, log, world)
     side = np.shape(raw.x[:1])[-1] if TASKS[config.task].kind == "image" else 0
     config = settle(saved, given, bool(raw.slug), TASKS[config.task].suit(raw.n_train, side))
-    config = dataclasses.replace(config, data=settled_data(config, bool(raw.slug)), precision=runtime.precision)
+    data = settled_data(config, bool(raw.slug))
+    return dataclasses.replace(config, data=data, precision=runtime.precision), runtime, raw
+
+
+def prepare(given: dict[str, Any], saved: dict[str, Any], log: Log,
+            world: World) -> tuple[Config, Runtime, Raw, Data, Clock]:
+    """From flags to data on the device, and settings of which nothing is left open."""
+    clock = Clock(time.perf_counter() - IMPORTING, "")
+    config, runtime, raw = load_all(given, saved, log, world)
     if config.budget and not config.dry_run:
         clock.budget = config.budget
         config = make_the_most(raw, config, runtime, given, clock)
@@ -5567,14 +5754,13 @@ def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = No
                 held.enter_context(locked(into / ".lock", refuse(into)))
         config, runtime, raw, data, clock = prepare(given, saved or {}, log, world)
         state, said = begin(data, config, runtime)
-        own = re.sub(r"\W+", "-", Path(config.data).stem).strip("-") if TASKS[config.task].own else ""
-        name = "-".join(filter(None, (config.task, data.slug, own, "dry-run" if config.dry_run else "")))
         weights = sum(4 * p.numel() for p in state.model.parameters())
         if world.leader:
             check_room(place, 14 * weights + 20_000_000)  # of it 12 for three checkpoints
         if world.leader and not into:
             settings = dataclasses.asdict(config)
-            into = fresh_path(Path(config.output_dir) / name, lambda path: make_run(path, settings))
+            into = fresh_path(Path(config.output_dir) / name_folder(config, data.slug),
+                              lambda path: make_run(path, settings))
             held.enter_context(locked(into / ".lock", refuse(into)))
         folder = world.share(into)
         keeper = Keeper(folder / "checkpoint.pt", read_time(config.checkpoint_every), brake, log, lambda: clock.spent)
@@ -5723,6 +5909,345 @@ class Run:
         self.finish(HeldOut(self.data.parts["val"], state.best_logits))
         self.log(f"\nReport of what there is: {(self.folder / 'report.html').resolve()}")
         state.epoch, state.step = epoch, step
+
+
+# -- searching --------------------------------------------------------------------------------------------------------
+
+BEAT, DEAD = 5, 30  # seconds between a trial's signs of life in a database; after which without one it counts as dead
+LOCKED = 20  # seconds to wait for a database that another process writes into
+CLOSING = 5.0  # seconds that the last figure of a search may take
+
+
+class Dropped(Exception):
+    """A trial that is not worth a training: tried elsewhere, one too many, or impossible."""
+
+
+def open_storage(url: str) -> Any:
+    """The database that keeps a search, and that several processes may share; or one clear line."""
+    import optuna
+    import sqlalchemy
+    options = {"connect_args": {"timeout": LOCKED}} if url.startswith("sqlite") else {}
+    for last in (False, False, False, True):
+        try:
+            return optuna.storages.RDBStorage(url, options, heartbeat_interval=BEAT, grace_period=DEAD)
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError,
+                RuntimeError, ValueError) as problem:
+            if last or not re.search("(?i)exists|unique|duplicate", str(problem)):  # not of tables that another made
+                raise UsageError(f"--storage {say_address(url)}: {say_database(problem)}; give a database, as "
+                                 "sqlite:///study.db") from problem
+            time.sleep(0.5)
+
+
+def say_address(url: str | None) -> str:
+    """Without the password that it may hold."""
+    return re.sub(r"://[^@/]*@", "://...@", url or "")
+
+
+def say_database(problem: BaseException) -> str:
+    """What a database complains about, without the statement and the libraries around it."""
+    while problem.__cause__ and not hasattr(problem, "orig"):
+        problem = problem.__cause__
+    return str(getattr(problem, "orig", None) or problem).splitlines()[0]
+
+
+def name_study(config: Config, space: dict[str, Any], raw: Raw) -> str:
+    """The same for the same search, so that others in the same database do not mix with it."""
+    fixed = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)
+             if field.metadata["group"] != "machine" and field.name not in ("data_dir", "mirror")}
+    return f"{config.task} {config.model} {raw.name} " + hashlib.sha256(repr((fixed, space)).encode()).hexdigest()[:12]
+
+
+def counts(trial: Any) -> bool:
+    """Whether a trial takes one of the study's places: it has ended by its settings, not by a signal, or is alive."""
+    if trial.state.name == "RUNNING":  # one that was killed before its first sign of life is never found dead
+        if "dropped" in trial.user_attrs:
+            return False
+        return bool(trial.params) or time.time() - trial.datetime_start.timestamp() < DEAD
+    return trial.state.name in ("COMPLETE", "PRUNED") or "reason" in trial.user_attrs
+
+
+def read_trial(trial: Any) -> Tried:
+    """A trial as the study keeps it."""
+    attrs, state = trial.user_attrs, {"FAIL": "interrupted"}.get(trial.state.name, trial.state.name.lower())
+    right = np.frombuffer(base64.b64decode(attrs.get("right", "")), np.uint8)
+    return Tried(trial.number + 1, "failed" if "reason" in attrs else state, trial.params,
+                 attrs.get("accuracy", math.nan), attrs.get("loss", math.nan), attrs.get("seconds", math.nan),
+                 attrs.get("default", False), np.unpackbits(right, count=attrs.get("samples", 0)).astype(bool),
+                 attrs.get("reason", ""))
+
+
+def create_study(storage: Any, config: Config, space: dict[str, Any], raw: Raw) -> Any:
+    """The study of this search, new or as the storage has it."""
+    import optuna
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=max(1, config.epochs // 3))
+    for last in (False, True):
+        try:
+            return optuna.create_study(storage=storage, study_name=name_study(config, space, raw), pruner=pruner,
+                                       load_if_exists=True, direction="maximize")
+        except optuna.exceptions.StorageInternalError:
+            if last:
+                raise
+
+
+def possibilities(space: dict[str, Any], config: Config) -> int:
+    """How many trials can differ."""
+    return math.prod(len(span) if isinstance(span, tuple) else int(span.high - span.low) + 1
+                     if type(getattr(config, name)) is int else 1_000_000 for name, span in space.items())
+
+
+@dataclass
+class Search:
+    """Many trainings in search of settings; the validation part alone judges them, and the test part is not there."""
+
+    config: Config  # the default: what is tried first
+    space: dict[str, Span | tuple[Any, ...]]
+    wanted: int
+    runtime: Runtime
+    raw: Raw
+    parts: dict[str, Tensor]
+    study: Any
+    clock: Clock
+    brake: Brake
+    folder: Path
+    log: Log
+    shared: bool
+
+    def __post_init__(self) -> None:
+        import optuna
+        # Processes that share a study must not propose the same, so each has its own chance.
+        seed = (self.config.seed + (time.time_ns() if self.shared else 0)) % 2**32
+        self.samplers = (optuna.samplers.TPESampler(n_startup_trials=max(4, min(10, self.wanted // 3)), seed=seed,
+                                                    constant_liar=True), optuna.samplers.RandomSampler(seed))
+        self.default = {name: getattr(self.config, name) for name in self.space}
+        self.tried: list[Tried] = []
+        self.number = 0  # of the trial that this process trains
+        self.repeats = False  # whether the last proposal had been tried
+
+    def start(self) -> None:
+        """Say what begins here."""
+        sizes = ", ".join(f"{len(rows):,} {part}" for part, rows in self.parts.items() if len(rows))
+        fixed = {name: getattr(self.config, name) for name in ("model", "epochs", "width")}
+        self.log(f"Task    {self.config.task}: {say_settings(fixed)}")
+        self.log(f"Data    {self.raw.name}: {sizes}; the test part is left out")
+        self.log(f"Search  {count(self.wanted, 'trial')} of {', '.join(map(flag_name, self.space))}")
+        self.log(f"Device  {self.runtime.describe()}")
+        self.log(f"Folder  {self.folder.resolve()}\n")
+        self.look()
+        if self.tried:
+            self.log(f"Before  {count(len(self.tried), 'trial')} in the database\n")
+
+    def go(self) -> None:
+        """Trial after trial, until the study has its number or the time is up."""
+        import optuna
+        told = False
+        while True:
+            optuna.storages.fail_stale_trials(self.study)
+            trials = [trial for trial in self.study.get_trials(deepcopy=False) if counts(trial)]
+            if sum(trial.state.is_finished() for trial in trials) >= self.wanted or self.late(trials):
+                return
+            if len(trials) < self.wanted:
+                self.ensure_default()
+                self.study.sampler = self.samplers[self.repeats]  # TPE might insist on what has been tried
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):  # slept, and was taken for dead
+                    self.study.optimize(self.attempt, n_trials=1, catch=(Dropped,))
+                self.look()
+                self.say_trial()
+            elif not told:
+                self.log("Waiting for the last trials, which other processes train")
+                told = True
+            else:
+                time.sleep(0.5)
+
+    def late(self, trials: list[Any]) -> bool:
+        """Whether one more trial would probably end after the budget does."""
+        took = [t.user_attrs["seconds"] for t in trials if t.state.name == "COMPLETE" and "seconds" in t.user_attrs]
+        if not self.clock.budget or (left := self.clock.left - CLOSING) > (needed := float(np.median(took or [0]))):
+            return False
+        self.log(f"Time is up: a trial takes about {say_time(needed)}, and {say_time(max(0, left))} are left of "
+                 f"--budget {self.clock.budget}")
+        return True
+
+    def ensure_default(self) -> None:
+        """The default comes first, and again if whoever tried it was interrupted."""
+        if not any(trial.user_attrs.get("default") and (trial.state.name == "WAITING" or counts(trial))
+                   and trial.state.name != "PRUNED" for trial in self.study.get_trials(deepcopy=False)):
+            self.study.enqueue_trial(self.default, user_attrs={"default": True})
+
+    def choose(self, trial: Any) -> Config:
+        """What this trial is to try, unless another process does, or has the last place.
+
+        All write what they want before they look at the others, so of two alike at least one sees the other.
+        """
+        for name, span in self.space.items():
+            if isinstance(span, tuple):
+                trial.suggest_categorical(name, span)
+            elif type(self.default[name]) is int:
+                trial.suggest_int(name, int(span.low), int(span.high), log=span.log)
+            else:
+                trial.suggest_float(name, span.low, span.high, log=span.log)
+        others = [t for t in self.study.get_trials(deepcopy=False) if counts(t) and t.number != trial.number]
+        if trial.user_attrs.get("default"):
+            twin = any(t.user_attrs.get("default") and t.number < trial.number and t.state.name != "PRUNED"
+                       for t in others)
+        else:
+            twin = trial.params == self.default or any(t.params == trial.params for t in others)
+        self.repeats, self.number = twin, trial.number + 1
+        if twin or sum(t.state.is_finished() or t.number < trial.number for t in others) >= self.wanted:
+            trial.set_user_attr("dropped", True)
+            raise Dropped
+        return dataclasses.replace(self.config, **trial.params)
+
+    def attempt(self, trial: Any) -> float:
+        """Train with one choice of settings: its best epoch's validation accuracy, of equals the lower loss."""
+        config, runtime, started = self.choose(trial), self.runtime, time.perf_counter()
+        state = None
+        try:
+            data = build_data(self.raw, config, self.parts)
+            data.samples.to(runtime.device)
+            state, _ = begin(data, config, runtime)
+            self.brake.waits = True
+            fit(state, data, config, runtime, lambda state: self.on_epoch(trial, state), Keeper(brake=self.brake))
+        except (Failure, RuntimeError) as problem:
+            if not isinstance(problem, Exploded) and not out_of_memory(problem):
+                raise
+            trial.set_user_attr("reason", str(problem).splitlines()[0])
+            raise Dropped from problem
+        finally:
+            self.brake.waits = False
+            trial.set_user_attr("seconds", round(time.perf_counter() - started, 2))
+            if state and state.best:
+                right = state.best_logits.argmax(1) == data.labels[self.parts["val"]]
+                for key, value in (("accuracy", state.best["val_accuracy"]), ("loss", state.best["val_loss"]),
+                                   ("samples", len(right)),
+                                   ("right", base64.b64encode(np.packbits(right.numpy()).tobytes()).decode())):
+                    trial.set_user_attr(key, value)
+        return state.best["val_accuracy"] - min(10, state.best["val_loss"]) / (20 * len(right))  # below half a sample
+
+    def on_epoch(self, trial: Any, state: State) -> None:
+        """After each epoch: give up what lags behind the others, or would not end in time."""
+        import optuna
+        trial.report(state.history[-1]["val_accuracy"], state.epoch)
+        if state.epoch < self.config.epochs and (
+                (self.clock.budget and self.clock.left - CLOSING < state.seconds / state.epoch)
+                or (not trial.user_attrs.get("default") and trial.should_prune())):
+            raise optuna.TrialPruned
+
+    def look(self) -> None:
+        """What has been tried until now, by all; kept in the folder, should this process be killed."""
+        self.tried = [read_trial(trial) for trial in self.study.get_trials(deepcopy=False)
+                      if "dropped" not in trial.user_attrs and trial.state.name != "WAITING"]
+        write_csv(self.folder / "trials.csv",
+                  ["number", "state", "val_accuracy", "val_loss", "seconds", "default", *self.space, "reason"],
+                  [[t.number, t.state, *("" if math.isnan(x) else x for x in (t.accuracy, t.loss, t.seconds)),
+                    int(t.default), *(t.settings.get(name, "") for name in self.space), t.reason] for t in self.tried])
+        if best := find_best(self.tried):
+            write_json(self.folder / "best.json", dataclasses.asdict(dataclasses.replace(self.config, **best.settings)))
+
+    def say_trial(self) -> None:
+        """The line of the trial that this process has just ended."""
+        best = find_best(self.tried)
+        for trial in self.tried:
+            if trial.number == self.number:
+                reached = "      " if math.isnan(trial.accuracy) else f"{trial.accuracy:6.2%}"
+                self.log(f"trial {trial.number:>3}   {trial.state:8} {reached:6} {trial.seconds:6.1f} s   "
+                         + (f"best {best.accuracy:.2%} ({best.number})   " if best else "")
+                         + ("the default" if trial.default else say_settings(trial.settings))
+                         + (f": {trial.reason}" if trial.reason else ""))
+
+    def weigh(self) -> dict[str, float]:
+        """How much each setting mattered, the most first; nothing while there are too few trials to tell."""
+        from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+        if len({trial.accuracy for trial in self.tried if trial.state == "complete"}) < 3:
+            return {}
+        try:
+            return get_param_importances(self.study, evaluator=FanovaImportanceEvaluator(seed=0),
+                                         target=lambda trial: trial.user_attrs["accuracy"])
+        except (RuntimeError, ValueError):  # no differences to be explained
+            return {}
+
+    def conclude(self) -> None:
+        """The figure and the last lines."""
+        self.look()
+        if any(trial.state in ("complete", "pruned") for trial in self.tried):
+            logarithmic = {name for name, span in self.space.items() if isinstance(span, Span) and span.log}
+            plot_search(self.tried, self.weigh(), logarithmic, self.folder / "search.png",
+                        f"{self.raw.name} · {self.config.model} · {count(len(self.tried), 'trial')}")
+        first, *others = say_search(self.tried)
+        self.log(f"\nBest    {first}")
+        for line in others:
+            self.log(f"        {line}")
+        self.log(f"Results {self.folder.resolve()}")
+        if find_best(self.tried):
+            self.log(f"Next    {this_command()} --config {quoted(self.folder / 'best.json')}")
+        if self.raw.slug:
+            self.log(f"Note    searched on {self.raw.name}")
+
+
+def check_search(wanted: int, given: dict[str, Any]) -> Config:
+    """Refuse what cannot be searched, before anything takes time."""
+    require("--search", "optuna")
+    if wanted < 1:
+        raise UsageError(f"--search {wanted}: must be at least 1")
+    if given.get("task") == "all":
+        raise UsageError("--search tunes one task at a time; give --task " + ", ".join(TASKS))
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("--search: torchrun's processes would train one trial together; start the same command "
+                         "several times with --storage sqlite:///study.db instead")
+    config = settle({}, given)
+    if config.folds:
+        raise UsageError("--search and --folds cannot be combined: a search needs a validation part")
+    search_space(config, given)
+    check_room(Path(config.output_dir))
+    return config
+
+
+@contextlib.contextmanager
+def using_optuna(url: str | None) -> Iterator[None]:
+    """Its silence, and one clear line when the database fails."""
+    import optuna
+    import sqlalchemy
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            yield
+        except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as problem:
+            raise Failure(f"--storage {say_address(url)}: {say_database(problem)}; what was tried is kept, and "
+                          "the same command goes on with it") from problem
+
+
+def search(wanted: int, url: str | None, given: dict[str, Any], log: Log) -> Path:
+    """From flags to settings that train better, as far as the validation part can tell."""
+    clock = Clock(time.perf_counter() - IMPORTING, check_search(wanted, given).budget)
+    with Brake() as brake, using_optuna(url):
+        storage = open_storage(url) if url is not None else None
+        config, runtime, raw = load_all({**given, "budget": ""}, {}, log, World())
+        parts = split_rows(raw, config)
+        parts["test"] = parts["test"][:0]  # what is not there cannot be looked at
+        for note in check_parts(build_data(raw, config, parts), config, World()):
+            log(f"Note    {note}")
+        space = search_space(config, given)
+        study = create_study(storage, config, space, raw)
+        folder = fresh_path(Path(config.output_dir) / f"search-{name_folder(config, raw.slug)}", Path.mkdir)
+        log.attach(folder / "log.txt")
+        wanted = min(2 if config.dry_run else wanted, possibilities(space, config))
+        work = Search(config, space, wanted, runtime, raw, parts, study, clock, brake, folder, log, bool(url))
+        try:
+            work.start()
+            work.go()
+            work.conclude()
+        except KeyboardInterrupt:
+            log("\nStopped" + ("; the same command goes on with what is in --storage" if url else ""))
+            work.conclude()
+            raise
+        except OSError as problem:
+            raise Failure(f"cannot write {problem.filename or folder}: {problem.strerror}") from problem
+    if not find_best(work.tried):
+        raise Failure("no trial was finished; give a longer --budget, fewer --epochs, or a smaller --lr")
+    return folder
+
+
+# -- other commands ---------------------------------------------------------------------------------------------------
 
 
 def train_all(given: dict[str, Any], log: Log) -> None:
@@ -6063,6 +6588,11 @@ def build_parser() -> Parser:
         else:
             options |= {"type": types[field.name], "metavar": field.name.split("_")[-1].upper()}
         groups[field.metadata["group"]].add_argument(flag_name(field.name), **options)
+    tuning = groups["training"].add_argument
+    tuning("--search", type=int, metavar="N", help="seek better settings in so many trainings, judged on validation "
+                                                   "samples alone; what is given stays")
+    tuning("--storage", metavar="URL", help="keep a search in this database, as sqlite:///study.db: it can go on, and "
+                                            "several processes can share it")
     again = parser.add_argument_group("using it again")
     again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict and --evaluate")
     again.add_argument("--predict", nargs="+", metavar="INPUT",
@@ -6088,7 +6618,7 @@ def run_command(argv: list[str], log: Log) -> None:
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     jobs = [flag for flag, asked in (("--predict", args.predict), ("--evaluate", args.evaluate),
                                      ("--compare", args.compare), ("--resume", args.resume),
-                                     ("--config", args.config)) if asked]
+                                     ("--config", args.config), ("--search", args.search is not None)) if asked]
     if len(jobs) > 1:
         raise UsageError(f"{' and '.join(jobs)} cannot be combined")
     if (args.run is not None) != bool(args.predict or args.evaluate):
@@ -6096,12 +6626,16 @@ def run_command(argv: list[str], log: Log) -> None:
                          f"{jobs[0]} needs --run RUN, for example --run outputs/cifar10")
     if (args.output or args.explain) and not args.predict:
         raise UsageError(f"{'--output' if args.output else '--explain'} needs --predict")
+    if args.storage is not None and args.search is None:
+        raise UsageError("--storage needs --search N")
     if args.predict:
         predict(args.predict, args.run, given, log, args.output, args.explain)
     elif args.evaluate:
         evaluate(args.run, given, log)
     elif args.compare:
         compare(args.compare, given, log)
+    elif args.search is not None:
+        search(args.search, args.storage, given, log)
     elif given.get("task") == "all" and not args.resume and not args.config:
         train_all(given, log)
     else:
