@@ -4800,7 +4800,73 @@ def export(name: str, run: Path, given: dict[str, Any], log: Log) -> Path:
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 # By --resume, without changing the past:
-MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "mirror", "output_dir", "checkpoint_every")
+MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "mirror", "output_dir", "checkpoint_every", "tensorboard")
+
+# -- tracking ---------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Follows a training; this one keeps nothing, so that the training need not know whether anybody does."""
+
+    def after_epoch(self, history: list[dict[str, float]]) -> None:
+        """An epoch is over."""
+
+    def finish(self, folder: Path, config: Config, metrics: dict[str, Any]) -> None:
+        """Everything is measured and drawn."""
+
+    def close(self) -> None:
+        """However it ended."""
+
+
+class TensorBoard(Tracker):
+    """Writes what TensorBoard reads; a training that goes on replaces the epochs that it repeats."""
+
+    CURVES: typing.ClassVar = {"loss/train": "train_loss", "loss/val": "val_loss", "accuracy/train": "train_accuracy",
+                               "accuracy/val": "val_accuracy", "learning rate": "learning_rate"}
+    RESULTS = ("test_accuracy", "test_loss", "val_accuracy", "val_loss", "seconds_training", "seconds_total")
+
+    def __init__(self, place: Path, history: list[dict[str, float]]) -> None:
+        # With this module there TensorBoard leaves TensorFlow alone, which takes long to load and talks a lot.
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+        from torch.utils.tensorboard import SummaryWriter
+        fresh = not place.exists()
+        self.writer = SummaryWriter(str(place), purge_step=len(history) + 1)
+        for row in history if fresh else ():  # what went before it was asked for
+            self.add(row)
+
+    def add(self, row: dict[str, float]) -> None:
+        """The numbers of an epoch."""
+        for name, key in self.CURVES.items():
+            if not math.isnan(row[key]):  # nothing was validated
+                self.writer.add_scalar(name, row[key], int(row["epoch"]))
+
+    def after_epoch(self, history: list[dict[str, float]]) -> None:
+        """Show it at once; a full disk must not end a training."""
+        with contextlib.suppress(OSError):
+            self.add(history[-1])
+            self.writer.flush()
+
+    def finish(self, folder: Path, config: Config, metrics: dict[str, Any]) -> None:
+        """The figures, and the settings beside what they led to."""
+        from PIL import Image
+        from torch.utils.tensorboard.summary import hparams
+        for path in sorted(folder.glob("*.png")):
+            with Image.open(path) as picture:
+                self.writer.add_image(path.stem, np.asarray(picture.convert("RGB")), metrics["epochs"],
+                                      dataformats="HWC")
+        results = {f"result/{key}": metrics[key] for key in self.RESULTS}
+        for summary in hparams(dataclasses.asdict(config), results):  # add_hparams would make a folder in the folder
+            self.writer.file_writer.add_summary(summary)
+        for name, value in results.items():
+            self.writer.add_scalar(name, value, metrics["epochs"])
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log) -> None:
@@ -5036,6 +5102,8 @@ def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = No
     """From flags to a finished run folder; alone, or as one of the processes that torchrun started."""
     world = join_world()
     known = {**(saved or {}), **given}
+    if known.get("tensorboard"):
+        require("--tensorboard", "tensorboard")
     place = into or Path(str(known.get("output_dir", Config.output_dir)))
     if into is None and world.leader and (into := find_unfinished(place, known.get("task", Config.task))):
         given, saved = {}, read_config(into / "config.json")
@@ -5062,7 +5130,9 @@ def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = No
             clock.before = state.spent
             clock.budget = f"{state.budget}s" if state.budget and "epochs" not in given else ""
         state.budget = read_time(clock.budget) if clock.budget else 0.0
-        Run(folder, config, runtime, raw, data, clock, state, keeper, log).go(said, going_on)
+        tracker = TensorBoard(folder / "tensorboard", state.history) if config.tensorboard and world.leader else Tracker()
+        held.callback(tracker.close)
+        Run(folder, config, runtime, raw, data, clock, state, keeper, tracker, log).go(said, going_on)
     return folder
 
 
@@ -5089,6 +5159,7 @@ class Run:
     clock: Clock
     state: State
     keeper: Keeper
+    tracker: Tracker
     log: Log
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -5124,6 +5195,7 @@ class Run:
             self.config = dataclasses.replace(self.config, epochs=fewer)
             write_json(self.folder / "config.json", dataclasses.asdict(self.config))
         after_epoch(self.folder, state, self.data, self.config, self.log)
+        self.tracker.after_epoch(state.history)
         return self.config.epochs
 
     def go(self, said: str, going_on: bool) -> None:
@@ -5182,6 +5254,7 @@ class Run:
         found = finish(self.folder, self.state, self.data, self.config, self.runtime.alone(), held, self.metrics)
         self.metrics["seconds_total"] = round(self.clock.spent, 2)
         write_report(self.folder, found)
+        self.tracker.finish(self.folder, self.config, self.metrics)
 
     def report_what_there_is(self) -> None:
         """The report of a training that has ended early: short, for whoever ends it may not wait long."""
