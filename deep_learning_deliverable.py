@@ -4558,19 +4558,19 @@ class Standalone(nn.Module):
         self.temperature = ready.meta["temperature"]
         self.images = Images(torch.empty(0), ready.meta) if ready.meta["kind"] == "image" else None
         if self.images is not None:
-            self.register_buffer("mean", self.images.mean)
-            self.register_buffer("deviation", self.images.deviation)
+            self.mean, self.deviation = nn.Buffer(self.images.mean), nn.Buffer(self.images.deviation)
 
     def forward(self, x: Tensor) -> Tensor:  # uint8 [N, C, side, side] or int64 [N, T] -> [N, classes]
         if self.images is None:
             logits = self.model(x.int())
         else:
             x = (x.float() - self.mean) / self.deviation
-            logits = self.model(x)
-            if self.images.sure:  # a graph has no branches: other views of all, taken where they are needed
+            views = [x, *self.images.views(x)] if self.images.sure else [x]
+            scores = self.model(torch.cat(views)).unflatten(0, (len(views), -1))
+            logits = scores[0]
+            if self.images.sure:  # a graph has no branches: all views of all pictures, taken where they are needed
                 best = logits.topk(2).values
-                views = torch.stack([logits, *map(self.model, self.images.views(x))]).mean(0)
-                logits = torch.where(best[:, :1] - best[:, 1:] < self.images.sure, views, logits)
+                logits = torch.where(best[:, :1] - best[:, 1:] < self.images.sure, scores.mean(0), logits)
         return (logits / self.temperature).softmax(1)
 
 
@@ -4590,8 +4590,9 @@ class WholeLSTM(nn.Module):
 def lstm_stand_in() -> Any:
     """An operation with the signature of PyTorch's own LSTM that has shapes but computes nothing."""
     if not hasattr(torch.ops.deliverable, "lstm"):
-        torch.library.define("deliverable::lstm", "(Tensor x, Tensor[] start, Tensor[] weights, bool biases, int layers, "
-                             "float dropout, bool train, bool both, bool first) -> (Tensor, Tensor, Tensor)")
+        torch.library.define("deliverable::lstm", "(Tensor x, Tensor[] start, Tensor[] weights, bool biases, "
+                             "int layers, float dropout, bool train, bool both, bool first) "
+                             "-> (Tensor, Tensor, Tensor)")
         torch.library.register_fake("deliverable::lstm", lambda x, start, *_: (
             x.new_empty(*x.shape[:2], start[0].shape[2]), start[0].clone(), start[1].clone()))
     return torch.ops.deliverable.lstm.default
@@ -4599,7 +4600,8 @@ def lstm_stand_in() -> Any:
 
 def lstm_in_onnx(x: Any, start: Any, weights: Any, *_: Any) -> Any:
     """The same as ONNX has it, which orders the gates in another way."""
-    from onnxscript import opset18 as op
+    import onnxscript
+    op: Any = onnxscript.opset18
     gates = [op.Split(weight, axis=0, num_outputs=4) for weight in weights]
     enter, again, bias, more = (op.Concat(i, o, f, c, axis=0) for i, f, c, o in gates)
     y, h, c = op.LSTM(op.Transpose(x, perm=[1, 0, 2]), op.Unsqueeze(enter, [0]), op.Unsqueeze(again, [0]),
@@ -4659,7 +4661,7 @@ def write_onnx(program: Any, path: Path, facts: dict[str, Any]) -> None:
     if size > 1.9e9:
         raise Failure(f"--export onnx: an ONNX file holds at most 2 GB, these weights are {size / 1e9:.1f} GB; "
                       "try --export pt2")
-    made = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=[facts["input"]["name"]],
+    made: Any = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=[facts["input"]["name"]],
                              output_names=[facts["output"]["name"]],
                              custom_translation_table={lstm_stand_in(): lstm_in_onnx})
     made.model.metadata_props["metadata"] = json.dumps(facts)
@@ -4718,8 +4720,9 @@ def text_facts(meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What goes in, and how `pack_texts` and `Texts` make it from a text."""
     most = meta["max_tokens"]
     head = most // 2
-    steps = ["replace every '<br />' by a space, and make all letters small", "the words are all that word_pattern finds "
-             "(a regular expression of Python, Unicode); a text without any is one word that is not known",
+    steps = ["replace every '<br />' by a space, and make all letters small",
+             "the words are all that word_pattern finds (a regular expression of Python, Unicode); a text without any "
+             "is one word that is not known",
              f"of more than {most} words keep the first {head} and the last {most - head}",
              f"the number of a word is its place in vocabulary, counted from 0, plus {UNKNOWN + 1}; {UNKNOWN} if it is "
              f"not there", f"put {PAD} behind shorter texts until all are of one length"]
@@ -4736,7 +4739,7 @@ def trial_samples(ready: Predictor, n: int = 100) -> Images | Texts:
         noise = torch.rand(n // 2, meta["channels"], meta["side"], meta["side"], generator=chance)
         smooth = F.interpolate(torch.rand(n - n // 2, meta["channels"], 3, 3, generator=chance), meta["side"],
                                mode="bilinear")
-        return ready.pack(torch.cat((noise, smooth))[torch.randperm(n, generator=chance)].mul(255).byte().numpy())
+        return ready.pack(list(torch.cat((noise, smooth))[torch.randperm(n, generator=chance)].mul(255).byte().numpy()))
     most = meta["max_tokens"]
     lengths = [1, 2, 1, 5, 4, 3, 2, 1, 5, 5, most, 2 * most]
     lengths += torch.randint(1, most + 1, (n - len(lengths),), generator=chance).tolist()
@@ -4754,7 +4757,8 @@ def prepared(samples: Images | Texts, rows: Tensor) -> Tensor:
 def largest_difference(ready: Predictor, network: Callable[[Tensor], Tensor]) -> float:
     """Between the probabilities of a run's own model and an exported one, for batches of several sizes."""
     samples = trial_samples(ready)
-    found = [network(prepared(samples, rows)) for rows in torch.arange(len(samples)).split([1, 2, 7, len(samples) - 10])]
+    batches = torch.arange(len(samples)).split([1, 2, 7, len(samples) - 10])
+    found = [network(prepared(samples, rows)) for rows in batches]
     return float((torch.cat(found) - ready.shares(samples)).abs().nan_to_num(math.inf).max())
 
 
@@ -4830,7 +4834,7 @@ class TensorBoard(Tracker):
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter
         fresh = not place.exists()
-        self.writer = SummaryWriter(str(place), purge_step=len(history) + 1)
+        self.writer: Any = SummaryWriter(str(place), purge_step=len(history) + 1)
         for row in history if fresh else ():  # what went before it was asked for
             self.add(row)
 
@@ -5130,7 +5134,8 @@ def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = No
             clock.before = state.spent
             clock.budget = f"{state.budget}s" if state.budget and "epochs" not in given else ""
         state.budget = read_time(clock.budget) if clock.budget else 0.0
-        tracker = TensorBoard(folder / "tensorboard", state.history) if config.tensorboard and world.leader else Tracker()
+        tracked = config.tensorboard and world.leader
+        tracker = TensorBoard(folder / "tensorboard", state.history) if tracked else Tracker()
         held.callback(tracker.close)
         Run(folder, config, runtime, raw, data, clock, state, keeper, tracker, log).go(said, going_on)
     return folder
