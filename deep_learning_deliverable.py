@@ -8,6 +8,7 @@
     python deep_learning_deliverable.py --task all --data offline       all three on built-in data, and a comparison
     python deep_learning_deliverable.py --task mnist --search 20        settings that train better, by validation alone
     python deep_learning_deliverable.py --predict cat.png --run outputs/cifar10
+    python deep_learning_deliverable.py --export onnx --run outputs/cifar10
     python deep_learning_deliverable.py --compare outputs/cifar10 outputs/cifar10-2
     python deep_learning_deliverable.py --resume outputs/cifar10 --epochs 30
 
@@ -60,6 +61,7 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -75,6 +77,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import typing
 import urllib.request
 import warnings
@@ -374,6 +377,7 @@ class Config:
     checkpoint_every: str = setting("machine", "60s", "how often everything is saved inside an epoch, for --resume")
     report: str = setting("machine", "full", "full, or minimal: without yardsticks, faults of the data, tests of "
                                              "explanations", choices=("full", "minimal"))
+    tensorboard: bool = setting("machine", False, "also write curves, figures and settings as TensorBoard reads them")
     dry_run: bool = setting("machine", False, "every stage and artefact on a handful of samples, in seconds")
 
     def __post_init__(self) -> None:
@@ -5484,12 +5488,336 @@ def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log, ou
         log(f"Note: this model was trained on {ready.meta['dataset']}")
 
 
+# -- exporting --------------------------------------------------------------------------------------------------------
+
+CLOSE = 1e-4  # what a probability of an exported model may differ by from the run's own
+
+
+class Standalone(nn.Module):
+    """Prepared samples in, probabilities out: the run's model, and all that `Predictor.shares` does around it."""
+
+    def __init__(self, ready: Predictor) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(ready.model).to(memory_format=torch.contiguous_format).requires_grad_(False)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, nn.LSTM):
+                self.model.set_submodule(name, WholeLSTM(module))
+        self.temperature = ready.meta["temperature"]
+        self.images = Images(torch.empty(0), ready.meta) if ready.meta["kind"] == "image" else None
+        if self.images is not None:
+            self.mean, self.deviation = nn.Buffer(self.images.mean), nn.Buffer(self.images.deviation)
+
+    def forward(self, x: Tensor) -> Tensor:  # uint8 [N, C, side, side] or int64 [N, T] -> [N, classes]
+        if self.images is None:
+            logits = self.model(x.int())
+        else:
+            x = (x.float() - self.mean) / self.deviation
+            views = [x, *self.images.views(x)] if self.images.sure else [x]
+            scores = self.model(torch.cat(views)).unflatten(0, (len(views), -1))
+            logits = scores[0]
+            if self.images.sure:  # a graph has no branches: all views of all pictures, taken where they are needed
+                best = logits.topk(2).values
+                logits = torch.where(best[:, :1] - best[:, 1:] < self.images.sure, scores.mean(0), logits)
+        return (logits / self.temperature).softmax(1)
+
+
+class WholeLSTM(nn.Module):
+    """An LSTM that tracing leaves whole: cut into its steps, it could read only texts as long as the traced one."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, h: Tensor) -> Any:  # [B, T, features] -> ([B, T, width], and two that nobody asks for)
+        start = h.new_zeros(1, h.shape[0], self.lstm.hidden_size)
+        weights = [getattr(self.lstm, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        return lstm_stand_in()(h, [start, start], weights, True, 1, 0.0, False, False, True)
+
+
+def lstm_stand_in() -> Any:
+    """An operation with the signature of PyTorch's own LSTM that has shapes but computes nothing."""
+    if not hasattr(torch.ops.deliverable, "lstm"):
+        torch.library.define("deliverable::lstm", "(Tensor x, Tensor[] start, Tensor[] weights, bool biases, "
+                             "int layers, float dropout, bool train, bool both, bool first) "
+                             "-> (Tensor, Tensor, Tensor)")
+        torch.library.register_fake("deliverable::lstm", lambda x, start, *_: (
+            x.new_empty(*x.shape[:2], start[0].shape[2]), start[0].clone(), start[1].clone()))
+    return torch.ops.deliverable.lstm.default
+
+
+def lstm_in_onnx(x: Any, start: Any, weights: Any, *_: Any) -> Any:
+    """The same as ONNX has it, which orders the gates in another way."""
+    import onnxscript
+    op: Any = onnxscript.opset18
+    gates = [op.Split(weight, axis=0, num_outputs=4) for weight in weights]
+    enter, again, bias, more = (op.Concat(i, o, f, c, axis=0) for i, f, c, o in gates)
+    y, h, c = op.LSTM(op.Transpose(x, perm=[1, 0, 2]), op.Unsqueeze(enter, [0]), op.Unsqueeze(again, [0]),
+                      op.Unsqueeze(op.Concat(bias, more, axis=0), [0]), None, *start,
+                      hidden_size=weights[1].shape[1])
+    return op.Transpose(op.Squeeze(y, [1]), perm=[1, 0, 2]), h, c
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Without what libraries have to say to their own developers."""
+    before = logging.root.manager.disable
+    with (warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()),
+          contextlib.redirect_stderr(io.StringIO())):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def trace(ready: Predictor) -> Any:
+    """The whole way from samples to probabilities as a graph, for any number of samples and any length of texts."""
+    sizes = {name: torch.export.Dim(name, min=1, max=2**30) for name in ("batch", "length")}  # 2.6 wants an end
+    meta = ready.meta
+    if meta["kind"] == "image":
+        x, free = torch.zeros(3, meta["channels"], meta["side"], meta["side"], dtype=torch.uint8), {0: sizes["batch"]}
+    else:
+        x, free = torch.full((3, 7), UNKNOWN), dict(enumerate(sizes.values()))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation of its own kind, which other programs do not know
+    try:
+        return torch.export.export(Standalone(ready).eval(), (x,), dynamic_shapes=(free,), strict=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def write_pt2(program: Any, path: Path, facts: dict[str, Any]) -> None:
+    """As torch.export.load reads it; the facts lie in it as metadata.json."""
+    for node in program.graph.nodes:
+        if node.target is lstm_stand_in():
+            node.target = torch.ops.aten.lstm.input
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(facts)})
+
+
+def open_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    """The network in such a file."""
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
+
+
+def write_onnx(program: Any, path: Path, facts: dict[str, Any]) -> None:
+    """As all that runs ONNX reads it, weights inside; the facts are the metadata property `metadata`."""
+    size = sum(x.numel() * x.element_size() for x in program.state_dict.values())
+    if size > 1.9e9:
+        raise Failure(f"--export onnx: an ONNX file holds at most 2 GB, these weights are {size / 1e9:.1f} GB; "
+                      "try --export pt2")
+    made: Any = torch.onnx.export(program, (), dynamo=True, verbose=False, input_names=[facts["input"]["name"]],
+                             output_names=[facts["output"]["name"]],
+                             custom_translation_table={lstm_stand_in(): lstm_in_onnx})
+    made.model.metadata_props["metadata"] = json.dumps(facts)
+    made.save(path, external_data=False)
+
+
+def open_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    """The network in such a file."""
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of file that a model can be exported as."""
+
+    packages: tuple[str, ...]
+    write: Callable[[Any, Path, dict[str, Any]], None]
+    open: Callable[[Path], Callable[[Tensor], Tensor]]
+
+
+FORMS = {"onnx": Form(("onnx", "onnxscript", "onnxruntime"), write_onnx, open_onnx),
+         "pt2": Form((), write_pt2, open_pt2)}
+
+
+def export_facts(ready: Predictor) -> dict[str, Any]:
+    """All that somebody needs who has nothing but the exported file."""
+    meta, recorded = ready.meta, ready.run / "metrics.json"
+    measured = read_json(recorded) if recorded.exists() else {}
+    image = meta["kind"] == "image"
+    takes, needs = picture_facts(meta) if image else text_facts(meta)
+    return {**{key: meta[key] for key in ("task", "kind", "dataset", "stand_in", "model", "classes")}, "input": takes,
+            "output": {"name": "probabilities", "type": "float32", "shape": ["N", len(meta["classes"])]},
+            "preprocessing": needs, "test_accuracy": measured.get("test_accuracy"), "version": VERSION}
+
+
+def picture_facts(meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes in, and how `read_picture` makes it from a file."""
+    side, channels = meta["side"], meta["channels"]
+    steps = ["turn the picture upright, as its EXIF data says", "16-bit values: divide by 257",
+             "put what is transparent on white", "convert to " + ("grey (0.299 R + 0.587 G + 0.114 B)" if channels == 1
+                                                                 else "RGB"),
+             f"cut the middle square out and resize it to {side} x {side}, bicubic with antialiasing (Pillow's "
+             "ImageOps.fit)"]
+    if meta["paper"]:
+        steps.append("if the median of all pixels at its four edges is above 127, subtract every value from 255")
+    steps.append("0 to 255 as they are, [channel, row, column]: the network itself normalises")
+    return ({"name": "pixels", "type": "uint8", "shape": ["N", channels, side, side]},
+            {"side": side, "channels": channels, "mode": "L" if channels == 1 else "RGB", "resize": "bicubic",
+             "crop": "centre", "light_on_dark": meta["paper"], "normalisation": "inside", "steps": steps})
+
+
+def text_facts(meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What goes in, and how `pack_texts` and `Texts` make it from a text."""
+    most = meta["max_tokens"]
+    head = most // 2
+    steps = ["replace every '<br />' by a space, and make all letters small",
+             "the words are all that word_pattern finds (a regular expression of Python, Unicode); a text without any "
+             "is one word that is not known",
+             f"of more than {most} words keep the first {head} and the last {most - head}",
+             f"the number of a word is its place in vocabulary, counted from 0, plus {UNKNOWN + 1}; {UNKNOWN} if it is "
+             f"not there", f"put {PAD} behind shorter texts until all are of one length"]
+    return ({"name": "words", "type": "int64", "shape": ["N", "T"]},
+            {"replace": {"<br />": " "}, "lower_case": True, "word_pattern": WORD, "max_tokens": most, "head": head,
+             "tail": most - head, "pad": PAD, "unknown": UNKNOWN, "first_word": UNKNOWN + 1, "steps": steps,
+             "vocabulary": meta["vocabulary"]})
+
+
+def trial_samples(ready: Predictor, n: int = 100) -> Images | Texts:
+    """Samples to try an exported model on: noise and smooth pictures, or texts of known words, of many lengths."""
+    chance, meta = torch.Generator().manual_seed(0), ready.meta
+    if meta["kind"] == "image":
+        noise = torch.rand(n // 2, meta["channels"], meta["side"], meta["side"], generator=chance)
+        smooth = F.interpolate(torch.rand(n - n // 2, meta["channels"], 3, 3, generator=chance), meta["side"],
+                               mode="bilinear")
+        return ready.pack(list(torch.cat((noise, smooth))[torch.randperm(n, generator=chance)].mul(255).byte().numpy()))
+    most = meta["max_tokens"]
+    lengths = [1, 2, 1, 5, 4, 3, 2, 1, 5, 5, most, 2 * most]
+    lengths += torch.randint(1, most + 1, (n - len(lengths),), generator=chance).tolist()
+    words = meta["vocabulary"] or ["word"]
+    return ready.pack([" ".join(words[i] for i in torch.randint(len(words), (length,), generator=chance).tolist())
+                       for length in lengths])
+
+
+def prepared(samples: Images | Texts, rows: Tensor) -> Tensor:
+    """Some samples as an exported model takes them."""
+    return samples.pixels[rows] if isinstance(samples, Images) else samples.batch(rows).long()
+
+
+@torch.no_grad()
+def largest_difference(ready: Predictor, network: Callable[[Tensor], Tensor]) -> float:
+    """Between the probabilities of a run's own model and an exported one, for batches of several sizes."""
+    samples = trial_samples(ready)
+    batches = torch.arange(len(samples)).split([1, 2, 7, len(samples) - 10])
+    found = [network(prepared(samples, rows)) for rows in batches]
+    return float((torch.cat(found) - ready.shares(samples)).abs().nan_to_num(math.inf).max())
+
+
+def export(name: str, run: Path, given: dict[str, Any], log: Log) -> Path:
+    """The run's model as a file for other programs, kept only if it predicts the same."""
+    form = FORMS[name]
+    if given:
+        raise UsageError(f"--export takes everything from the run; leave out {flag_name(min(given))}")
+    require(f"--export {name}", *form.packages)
+    ready = Predictor(run, start_runtime(Config(device="cpu", precision="fp32")))
+    facts, path, off = export_facts(ready), run / f"model.{name}", math.inf
+
+    def write(part: Path) -> None:
+        nonlocal off
+        part.touch()  # where nothing can be written, that is said at once
+        with hushed():
+            form.write(trace(ready), part, facts)
+            off = largest_difference(ready, form.open(part))
+        if off > CLOSE:
+            raise Failure(f"--export {name}: what was made predicts otherwise than the run (a probability differs by "
+                          f"{off:.2g}, at most {CLOSE:g} is allowed); it was not kept")
+
+    try:
+        write_atomically(path, write)
+    except OSError as problem:
+        raise Failure(f"cannot write {path}: {problem.strerror or problem}") from problem
+    except Exception as problem:  # the libraries raise many kinds
+        if isinstance(problem, Failure):
+            raise
+        raise Failure(f"--export {name}: {ready.meta['model']} cannot be exported with torch {torch.__version__} "
+                      f"({type(problem).__name__}: {str(problem).strip().splitlines()[0]})") from problem
+    log(f"Exported      {path.resolve()}, {say_size(path.stat().st_size)}")
+    log(f"Checked       100 samples: no probability differs by more than {off:.1g} from the run's own")
+    for key in ("input", "output"):
+        side = facts[key]
+        log(f"{key.title():13} {side['name']}: {side['type']} [{', '.join(map(str, side['shape']))}]")
+    log("Metadata      classes, and how samples are prepared, in the file")
+    return path
+
+
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ 14  Commands and flags                                                                                           ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
 
 # By --resume, without changing the past:
-MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "mirror", "output_dir", "checkpoint_every")
+MAY_CHANGE = ("epochs", "patience", "device", "data_dir", "mirror", "output_dir", "checkpoint_every", "tensorboard")
+
+# -- tracking ---------------------------------------------------------------------------------------------------------
+
+
+class Tracker:
+    """Follows a training; this one keeps nothing, so that the training need not know whether anybody does."""
+
+    def after_epoch(self, history: list[dict[str, float]]) -> None:
+        """An epoch is over."""
+
+    def finish(self, folder: Path, config: Config, metrics: dict[str, Any]) -> None:
+        """Everything is measured and drawn."""
+
+    def close(self) -> None:
+        """However it ended."""
+
+
+class TensorBoard(Tracker):
+    """Writes what TensorBoard reads; a training that goes on replaces the epochs that it repeats."""
+
+    CURVES: typing.ClassVar = {"loss/train": "train_loss", "loss/val": "val_loss", "accuracy/train": "train_accuracy",
+                               "accuracy/val": "val_accuracy", "learning rate": "learning_rate"}
+    RESULTS = ("test_accuracy", "test_loss", "val_accuracy", "val_loss", "seconds_training", "seconds_total")
+
+    def __init__(self, place: Path, history: list[dict[str, float]]) -> None:
+        # With this module there TensorBoard leaves TensorFlow alone, which takes long to load and talks a lot.
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+        from torch.utils.tensorboard import SummaryWriter
+        fresh = not place.exists()
+        self.writer: Any = SummaryWriter(str(place), purge_step=len(history) + 1)
+        for row in history if fresh else ():  # what went before it was asked for
+            self.add(row)
+
+    def add(self, row: dict[str, float]) -> None:
+        """The numbers of an epoch."""
+        for name, key in self.CURVES.items():
+            if not math.isnan(row[key]):  # nothing was validated
+                self.writer.add_scalar(name, row[key], int(row["epoch"]))
+
+    def after_epoch(self, history: list[dict[str, float]]) -> None:
+        """Show it at once; a full disk must not end a training."""
+        with contextlib.suppress(OSError):
+            self.add(history[-1])
+            self.writer.flush()
+
+    def finish(self, folder: Path, config: Config, metrics: dict[str, Any]) -> None:
+        """The figures, and the settings beside what they led to."""
+        from PIL import Image
+        from torch.utils.tensorboard.summary import hparams
+        for path in sorted(folder.glob("*.png")):
+            with Image.open(path) as picture:
+                self.writer.add_image(path.stem, np.asarray(picture.convert("RGB")), metrics["epochs"],
+                                      dataformats="HWC")
+        results = {f"result/{key}": metrics[key] for key in self.RESULTS}
+        for summary in hparams(dataclasses.asdict(config), results):  # add_hparams would make a folder in the folder
+            self.writer.file_writer.add_summary(summary)
+        for name, value in results.items():
+            self.writer.add_scalar(name, value, metrics["epochs"])
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 def after_epoch(folder: Path, state: State, data: Data, config: Config, log: Log) -> None:
@@ -5743,6 +6071,8 @@ def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = No
     """From flags to a finished run folder; alone, or as one of the processes that torchrun started."""
     world = join_world()
     known = {**(saved or {}), **given}
+    if known.get("tensorboard"):
+        require("--tensorboard", "tensorboard")
     place = into or Path(str(known.get("output_dir", Config.output_dir)))
     if into is None and world.leader and (into := find_unfinished(place, known.get("task", Config.task))):
         given, saved = {}, read_config(into / "config.json")
@@ -5769,7 +6099,10 @@ def train_run(given: dict[str, Any], log: Log, saved: dict[str, Any] | None = No
             clock.before = state.spent
             clock.budget = f"{state.budget}s" if state.budget and "epochs" not in given else ""
         state.budget = read_time(clock.budget) if clock.budget else 0.0
-        Run(folder, config, runtime, raw, data, clock, state, keeper, log).go(said, going_on)
+        tracked = config.tensorboard and world.leader
+        tracker = TensorBoard(folder / "tensorboard", state.history) if tracked else Tracker()
+        held.callback(tracker.close)
+        Run(folder, config, runtime, raw, data, clock, state, keeper, tracker, log).go(said, going_on)
     return folder
 
 
@@ -5796,6 +6129,7 @@ class Run:
     clock: Clock
     state: State
     keeper: Keeper
+    tracker: Tracker
     log: Log
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -5836,6 +6170,7 @@ class Run:
             self.config = dataclasses.replace(self.config, epochs=fewer)
             write_json(self.folder / "config.json", dataclasses.asdict(self.config))
         after_epoch(self.folder, state, self.data, self.config, self.log)
+        self.tracker.after_epoch(state.history)
         return self.config.epochs
 
     def go(self, said: str, going_on: bool) -> None:
@@ -5894,6 +6229,7 @@ class Run:
         found = finish(self.folder, self.state, self.data, self.config, self.runtime.alone(), held, self.metrics)
         self.metrics["seconds_total"] = round(self.clock.spent, 2)
         write_report(self.folder, found)
+        self.tracker.finish(self.folder, self.config, self.metrics)
 
     def report_what_there_is(self) -> None:
         """The report of a training that has ended early: short, for whoever ends it may not wait long."""
@@ -6594,12 +6930,14 @@ def build_parser() -> Parser:
     tuning("--storage", metavar="URL", help="keep a search in this database, as sqlite:///study.db: it can go on, and "
                                             "several processes can share it")
     again = parser.add_argument_group("using it again")
-    again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict and --evaluate")
+    again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict, --evaluate and --export")
     again.add_argument("--predict", nargs="+", metavar="INPUT",
                        help="pictures, sentences, files of lines, tables, or folders of them")
     again.add_argument("--output", type=Path, metavar="FILE", help="where --predict puts its table, in CSV")
     again.add_argument("--explain", action="store_true", help="with --output: figures of why, for the first inputs")
     again.add_argument("--evaluate", action="store_true", help="measure --run again on its test data")
+    again.add_argument("--export", choices=tuple(FORMS), metavar="FORMAT",
+                       help=f"--run's model as a file for other programs: {', '.join(FORMS)}")
     again.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="finished runs, against each other")
     again.add_argument("--resume", type=Path, metavar="RUN", help="continue this run in its folder")
     again.add_argument("--config", type=Path, metavar="FILE", help="repeat a run from its config.json")
@@ -6617,12 +6955,13 @@ def run_command(argv: list[str], log: Log) -> None:
         raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)} (--help lists every flag)")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     jobs = [flag for flag, asked in (("--predict", args.predict), ("--evaluate", args.evaluate),
-                                     ("--compare", args.compare), ("--resume", args.resume),
-                                     ("--config", args.config), ("--search", args.search is not None)) if asked]
+                                     ("--export", args.export), ("--compare", args.compare),
+                                     ("--resume", args.resume), ("--config", args.config),
+                                     ("--search", args.search is not None)) if asked]
     if len(jobs) > 1:
         raise UsageError(f"{' and '.join(jobs)} cannot be combined")
-    if (args.run is not None) != bool(args.predict or args.evaluate):
-        raise UsageError("--run needs --predict or --evaluate" if args.run is not None else
+    if (args.run is not None) != bool(args.predict or args.evaluate or args.export):
+        raise UsageError("--run needs --predict, --evaluate or --export" if args.run is not None else
                          f"{jobs[0]} needs --run RUN, for example --run outputs/cifar10")
     if (args.output or args.explain) and not args.predict:
         raise UsageError(f"{'--output' if args.output else '--explain'} needs --predict")
@@ -6632,6 +6971,8 @@ def run_command(argv: list[str], log: Log) -> None:
         predict(args.predict, args.run, given, log, args.output, args.explain)
     elif args.evaluate:
         evaluate(args.run, given, log)
+    elif args.export:
+        export(args.export, args.run, given, log)
     elif args.compare:
         compare(args.compare, given, log)
     elif args.search is not None:

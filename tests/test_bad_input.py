@@ -93,7 +93,7 @@ FLAGS = [
     ("mirror of another kind", ["--mirror", "ftp://x/y"], "--mirror ftp://x/y: give an address"),
     ("two jobs", ["--evaluate", "--resume", "x"], "--evaluate and --resume cannot be combined"),
     ("prediction without a run", ["--predict", "x.png"], "--predict needs --run RUN"),
-    ("a run without a job", ["--run", "outputs/x"], "--run needs --predict or --evaluate"),
+    ("a run without a job", ["--run", "outputs/x"], "--run needs --predict, --evaluate or --export"),
     ("a run that is not there", ["--predict", "x.png", "--run", "nowhere"], "nowhere: no such folder"),
     ("a folder that is no run", ["--predict", "x.png", "--run", "."], "model.pt is not there; is"),
     ("one run to compare", ["--compare", "x"], "--compare needs two or more different run folders"),
