@@ -1137,7 +1137,7 @@ def open_texts(argument: str, meta: dict[str, Any]) -> list[tuple[str, Any]]:
 def receive_text(sent: bytes | str, meta: dict[str, Any]) -> str:
     """A stranger's text."""
     if isinstance(sent, bytes):
-        raise Unreadable("not a text")
+        raise Unreadable('a file, but this run reads texts: send JSON, {"text": "a wonderful film"}')
     if len(sent) > MOST_CHARACTERS:
         raise TooLarge(f"{len(sent):,} characters; the most are {MOST_CHARACTERS:,}")
     return sent.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
@@ -4720,7 +4720,7 @@ class Desk:
             return self.ready.kind.receive(sent, self.ready.meta)
         except Unreadable as problem:
             said = re.sub(r" <.*?>", "", str(problem))  # Pillow tells where in the memory something was
-            raise Refused(413 if isinstance(problem, TooLarge) else 422, f"{said}; {self.takes}") from None
+            raise Refused(413 if isinstance(problem, TooLarge) else 422, said) from None
 
     async def ask(self, sample: Any, explain: bool) -> dict[str, Any]:
         """The answer for a sample, when its turn has come."""
@@ -4833,6 +4833,8 @@ class Server:
             status, answer = problem.status, self.refuse(problem)
         except ClientDisconnect:
             status, answer = 400, self.refuse(Refused(400, "the request ended too early"))
+        except asyncio.CancelledError:
+            status, answer = 503, self.refuse(Refused(503, "this server is being stopped"))
         except Exception as problem:
             self.log(f"error: a request to {run} failed: {type(problem).__name__}: {problem}")
             status, answer = 500, self.refuse(Refused(500, "this should not have happened; the server's log says more"))
@@ -4891,6 +4893,7 @@ SERVED_PAGE = """<!DOCTYPE html>
   textarea { display: block; width: 100%; margin: 0.4rem 0; }
   button { font-weight: 600; padding: 0.4rem 1.4rem; cursor: pointer; }
   :focus-visible { outline: 3px solid var(--right); outline-offset: 2px; }
+  #standin, #facts { margin: 0.8rem 0; }
   #ask { margin: 1.2rem 0; }
   .drop { border: 2px dashed var(--line); border-radius: 6px; padding: 1.4rem 1rem; text-align: center; }
   .drop.over { border-color: var(--right); background: var(--soft); }
@@ -4905,8 +4908,11 @@ SERVED_PAGE = """<!DOCTYPE html>
   li:first-child { font-weight: 600; }
   .share { text-align: right; font-variant-numeric: tabular-nums; }
   #pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-  #pictures img { width: 16rem; max-width: calc(50% - 0.5rem); object-fit: contain; image-rendering: pixelated; }
+  #pictures img { width: 16rem; max-width: calc(50% - 0.5rem); aspect-ratio: 1; object-fit: contain;
+                 background: var(--soft); }
+  .small { image-rendering: pixelated; }
   #words { line-height: 1.9; overflow-wrap: anywhere; }
+  #words mark { margin: 0 -0.15em; }
   .busy { opacity: 0.5; }
 </style>
 </head>
@@ -4942,6 +4948,7 @@ const $ = id => document.getElementById(id), most = 16e6;
 let runs = [], run = null, turn = 0;
 const percent = share => (100 * share).toFixed(1) + "%";
 const show = (id, text) => { $(id).textContent = text; $(id).hidden = !text; };
+const complain = text => show("error", text[0].toUpperCase() + text.slice(1) + ".");
 const make = (name, text, parent) => {
   const made = parent.appendChild(document.createElement(name));
   made.textContent = text;
@@ -4951,7 +4958,7 @@ const make = (name, text, parent) => {
 function choose(name) {
   run = runs.find(each => each.name === name);
   document.title = $("heading").textContent = "Try " + run.name;
-  const tested = run.test_accuracy === null ? "" : ", right in " + percent(run.test_accuracy) + " of its test samples";
+  const tested = run.test_accuracy === null ? "" : ", test accuracy " + percent(run.test_accuracy);
   show("facts", run.task + ": " + run.model + " on " + run.dataset + tested + ".");
   show("standin", run.stand_in ? "Trained on " + run.dataset + ": good for trying out, not for claims." : "");
   for (const kind of ["image", "text"]) $(kind).hidden = run.kind !== kind;
@@ -5008,7 +5015,7 @@ async function predict(body, type) {
   } catch (problem) {
     if (mine !== turn) return;
     $("result").hidden = true;
-    show("error", problem instanceof TypeError ? "The server does not answer. Is it still running?" : problem.message);
+    complain(problem instanceof TypeError ? "the server does not answer" : problem.message);
   } finally {
     if (mine === turn) $("result").classList.remove("busy");
   }
@@ -5016,7 +5023,7 @@ async function predict(body, type) {
 
 function look(files) {
   if (!run || run.kind !== "image" || !files.length) return;
-  if (files[0].size > most) return show("error", "This file is larger than 16 MB.");
+  if (files[0].size > most) return complain("this file is larger than 16 MB");
   URL.revokeObjectURL($("given").src);
   $("given").hidden = false;
   $("given").src = URL.createObjectURL(files[0]);
@@ -5024,6 +5031,7 @@ function look(files) {
 }
 
 $("given").onerror = () => { $("given").hidden = true; };  // a format that the browser cannot show
+$("given").onload = () => { $("given").className = $("given").naturalWidth < 200 ? "small" : ""; };
 $("run").onchange = () => choose($("run").value);
 $("file").onchange = () => { look($("file").files); };
 document.onpaste = event => look(event.clipboardData.files);
@@ -5046,7 +5054,7 @@ fetch("health").then(reply => reply.json()).then(health => {
   for (const each of runs) make("option", each.name, $("run"));
   $("choice").hidden = runs.length < 2;
   choose(runs[0].name);
-}).catch(() => show("error", "The server does not answer. Is it still running?"));
+}).catch(() => complain("the server does not answer"));
 </script>
 </body>
 </html>
@@ -5090,7 +5098,7 @@ def serve(runs: list[Path], given: dict[str, Any], log: Log, host: str = "127.0.
         app = Server([Predictor(run, runtime) for run in runs], log, limits).build()
         settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", http="h11", ws="none",
                                   loop="asyncio", server_header=False, proxy_headers=False,
-                                  timeout_graceful_shutdown=5, headers=guard_page(SERVED_PAGE))
+                                  timeout_graceful_shutdown=3, headers=guard_page(SERVED_PAGE))
         where = f"[{host}]" if ":" in host else host
         log(f"Serving {', '.join(names)} at http://{where}:{door.getsockname()[1]}/ until Ctrl-C")
         with Brake(), contextlib.suppress(KeyboardInterrupt):
