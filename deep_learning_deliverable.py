@@ -558,11 +558,11 @@ def pick_precision(device: str) -> str:
     return "fp32"
 
 
-def keep_memory() -> None:
+def keep_memory(most: int = 1 << 30) -> None:
     """Let glibc keep large freed blocks: given back, they come again as pages to be zeroed, 15% of a training step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 1 << 30)
+            ctypes.CDLL(None).mallopt(option, most)
 
 
 def start_runtime(config: Config, world: World = World()) -> Runtime:
@@ -4628,11 +4628,19 @@ REFUSALS = {408: "slow request", 413: "too large", 503: "too many at a time", 50
 
 
 class Refused(Exception):
-    """A request that cannot be answered: its HTTP status, and one sentence."""
+    """A request that cannot be answered: its HTTP status, one sentence, and whether the connection ends with it."""
 
-    def __init__(self, status: int, text: str) -> None:
+    def __init__(self, status: int, text: str, hang_up: bool = False) -> None:
         super().__init__(text)
         self.status = status
+        self.headers = {"Connection": "close"} if hang_up else {"Retry-After": "1"} if status == 503 else {}
+
+
+def regret(problem: Refused) -> Any:
+    """It as an answer in JSON."""
+    from fastapi.responses import JSONResponse
+    problem.__traceback__ = problem.__context__ = None  # through them it would hold the body for long
+    return JSONResponse({"error": str(problem)}, problem.status, problem.headers)
 
 
 async def within(seconds: float, job: Awaitable[Any], late: Refused) -> Any:
@@ -4788,13 +4796,13 @@ class Server:
 
     async def receive(self, request: Any) -> bytes:
         """The body of a request, read no further than it may be long."""
-        body, late = bytearray(), Refused(413, f"a request may hold {say_size(self.limits.body)}")
-        if int(request.headers.get("content-length", 0)) > self.limits.body:
-            raise late
+        body, most, said = bytearray(), self.limits.body, f"a request may hold {say_size(self.limits.body)}"
+        if (length := int(request.headers.get("content-length", 0))) > most:
+            raise Refused(413, said, hang_up=length > 4 * most)  # hardly any client hears what is said while it sends
         async for part in request.stream():
             body += part
-            if len(body) > self.limits.body:
-                raise late
+            if len(body) > most:
+                raise Refused(413, said, hang_up=True)
         return bytes(body)
 
     async def reply(self, request: Any, desk: Desk) -> dict[str, Any]:
@@ -4811,7 +4819,7 @@ class Server:
 
         self.inside += 1
         try:
-            late = Refused(408, "the request came too slowly")
+            late = Refused(408, "the request came too slowly", hang_up=True)
             body = await within(self.limits.arriving, self.receive(request), late)
             content = request.headers.get("content-type", "").split(";")[0].strip().lower()
             if not body:
@@ -4824,31 +4832,25 @@ class Server:
         """POST /predict: always an answer in JSON, and always counted."""
         from fastapi.responses import JSONResponse
         from starlette.requests import ClientDisconnect
-        started, status, run = time.perf_counter(), 200, ""
+        started, run = time.perf_counter(), ""
         try:
             desk = self.find(request.query_params.get("run"))
             run = desk.name
             answer = JSONResponse(await self.reply(request, desk))
         except Refused as problem:
-            status, answer = problem.status, self.refuse(problem)
+            answer = regret(problem)
         except ClientDisconnect:
-            status, answer = 400, self.refuse(Refused(400, "the request ended too early"))
+            answer = regret(Refused(400, "the request ended too early"))
         except asyncio.CancelledError:
-            status, answer = 503, self.refuse(Refused(503, "this server is being stopped"))
+            answer = regret(Refused(503, "this server is being stopped"))
         except Exception as problem:
             self.log(f"error: a request to {run} failed: {type(problem).__name__}: {problem}")
-            status, answer = 500, self.refuse(Refused(500, "this should not have happened; the server's log says more"))
-        self.tally.add("dld_requests_total", run=run, status=status)
-        if status in REFUSALS:
-            self.tally.add("dld_rejected_total", run=run, reason=REFUSALS[status])
+            answer = regret(Refused(500, "this should not have happened; the server's log says more"))
+        self.tally.add("dld_requests_total", run=run, status=answer.status_code)
+        if answer.status_code in REFUSALS:
+            self.tally.add("dld_rejected_total", run=run, reason=REFUSALS[answer.status_code])
         self.tally.observe("dld_request_seconds", time.perf_counter() - started, run=run)
         return answer
-
-    def refuse(self, problem: Refused, headers: Any = None) -> Any:
-        """An error as JSON, after which the connection ends: nobody reads what still comes of the request."""
-        from fastapi.responses import JSONResponse
-        more = {"Retry-After": "1"} if problem.status == 503 else headers or {}
-        return JSONResponse({"error": str(problem)}, problem.status, {"Connection": "close", **more})
 
     def build(self) -> Any:
         """The FastAPI application."""
@@ -4860,7 +4862,9 @@ class Server:
 
         async def lost(request: Any, problem: HTTPException) -> Any:
             where = "there are GET /, /health and /metrics, and POST /predict"
-            return self.refuse(Refused(problem.status_code, f"{problem.detail}; {where}"), problem.headers)
+            answer = regret(Refused(problem.status_code, f"{problem.detail}; {where}"))
+            answer.headers.update(problem.headers or {})  # which methods are allowed
+            return answer
 
         async def show_page(request: Any) -> Any:
             return HTMLResponse(SERVED_PAGE)
@@ -5093,8 +5097,10 @@ def serve(runs: list[Path], given: dict[str, Any], log: Log, host: str = "127.0.
     if len(set(names)) < len(names):
         raise UsageError("--serve: each --run needs a folder name of its own")
     import uvicorn
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of 1024: texts of all lengths would fill 100 MB
     with open_port(host, port) as door:
         runtime = start_runtime(Config(**{"precision": "fp32", **given}))
+        keep_memory(1 << 23)  # a server that was sent one large picture must not stay large
         app = Server([Predictor(run, runtime) for run in runs], log, limits).build()
         settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", http="h11", ws="none",
                                   loop="asyncio", server_header=False, proxy_headers=False,

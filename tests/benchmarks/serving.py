@@ -126,7 +126,7 @@ def measure(port, process, task, options):
     for _ in range(options.repeats):
         load(port, headers, bodies, options.together, path)
         print(f"memory MB: {memory(process):.0f} after as many again")
-    for _ in range(2):
+    for _ in range(options.attacks):
         print(f"20 hostile requests: {attack(port)}; memory MB: {memory(process):.0f}")
     print(f"still answers: {load(port, headers, bodies[:100], options.together, path)[0]}")
 
@@ -139,6 +139,7 @@ def main():
     parser.add_argument("--together", type=int, default=16)
     parser.add_argument("--explain", default="0", choices=["0", "1"])
     parser.add_argument("--repeats", type=int, default=0, help="how many times to send all of it once more")
+    parser.add_argument("--attacks", type=int, default=2, help="how many times to send 20 hostile requests")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         run = options.run or dld.train_run({"task": options.task, "data": "offline", "device": "cpu", "epochs": 1,
