@@ -9,6 +9,7 @@
     python deep_learning_deliverable.py --task mnist --search 20        settings that train better, by validation alone
     python deep_learning_deliverable.py --predict cat.png --run outputs/cifar10
     python deep_learning_deliverable.py --export onnx --run outputs/cifar10
+    python deep_learning_deliverable.py --serve --run outputs/cifar10   a web page to try it, and answers to programs
     python deep_learning_deliverable.py --compare outputs/cifar10 outputs/cifar10-2
     python deep_learning_deliverable.py --resume outputs/cifar10 --epochs 30
 
@@ -41,8 +42,10 @@ from __future__ import annotations
 
 import argparse
 import array
+import asyncio
 import base64
 import codecs
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -84,7 +87,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +121,8 @@ EMBEDDING, PAIRING = 100, 16  # numbers that stand for a word, and for the pair 
 PARTS = ("train", "val", "test")
 GLANCE = 5000  # training samples, enough to tell the training accuracy to half a point
 MOST_PIXELS = 89_000_000  # of one picture: beyond, Pillow too suspects a file that was made to fill the memory
+MOST_CHARACTERS = 100_000  # of one text that a stranger sends; no model reads as much
+COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # of a stranger's picture: some others start programs
 
 
 class Failure(Exception):
@@ -138,6 +143,10 @@ class UsageError(Failure):
 
 class Unreadable(Failure):
     """One picture or text of many that cannot be read."""
+
+
+class TooLarge(Unreadable):
+    """One that could be read, but is larger than what is taken on."""
 
 
 class LostOthers(Failure):
@@ -581,11 +590,11 @@ def pick_precision(device: str) -> str:
     return "fp32"
 
 
-def keep_memory() -> None:
+def keep_memory(most: int = 1 << 30) -> None:
     """Let glibc keep large freed blocks: given back, they come again as pages to be zeroed, 15% of a training step."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         for option in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 1 << 30)
+            ctypes.CDLL(None).mallopt(option, most)
 
 
 def start_runtime(config: Config, world: World = World()) -> Runtime:
@@ -954,7 +963,8 @@ def patch_covariance(images: Images, rows: Tensor) -> list[list[float]]:
     return (products / n - torch.outer(sums, sums) / n**2).tolist()
 
 
-def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
+def read_picture(source: Any, meta: dict[str, Any], formats: tuple[str, ...] | None = None,
+                 most: int = MOST_PIXELS) -> np.ndarray:
     """A picture of any size and mode, as the model expects it: uint8 [C, side, side].
 
     It may be a file, an open one, an array uint8 [H, W] or [H, W, C], or Pillow's.
@@ -967,9 +977,9 @@ def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
             if source.dtype != np.uint8:
                 raise ValueError(f"an array of {source.dtype}; give uint8, 0 to 255")
             source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
-        with source.copy() if isinstance(source, Image.Image) else Image.open(source) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise ValueError(f"{file.width} x {file.height} pixels; the most are {MOST_PIXELS:,}")
+        with source.copy() if isinstance(source, Image.Image) else Image.open(source, formats=formats) as file:
+            if file.width * file.height > most:
+                raise ValueError(f"{file.width} x {file.height} pixels; the most are {most:,}")
             file.draft("RGB", (2 * side, 2 * side))  # a JPEG can be decoded at a fraction of its size
             picture = ImageOps.exif_transpose(file)
             if picture.mode.startswith("I;16") or picture.mode == "I":
@@ -988,6 +998,16 @@ def read_picture(source: Any, meta: dict[str, Any]) -> np.ndarray:
     x = np.asarray(picture).reshape(side, side, meta["channels"]).transpose(2, 0, 1)
     border = np.median((x[0, 0], x[0, -1], x[0, :, 0], x[0, :, -1]))
     return 255 - x if meta["paper"] and border > 127 else x  # ink on paper, for a model that learnt light on dark
+
+
+def receive_image(sent: bytes | str, meta: dict[str, Any]) -> np.ndarray:
+    """A stranger's picture: the bytes of its file, or these in base64."""
+    if isinstance(sent, str):
+        try:
+            sent = base64.b64decode(sent.partition(",")[2] if sent.startswith("data:") else sent, validate=True)
+        except ValueError as problem:
+            raise Unreadable("not base64") from problem
+    return read_picture(io.BytesIO(sent), meta, COMMON_FORMATS, MOST_PIXELS // 2)  # two are read at a time
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -1199,6 +1219,15 @@ class Texts:
         names = ["shortest quarter", "second quarter", "third quarter", "longest quarter"]
         return {"length": (names, quarters(self.length[rows])),
                 "negation": (["no word like not", "a word like not"], negated.long())}
+
+
+def receive_text(sent: bytes | str, meta: dict[str, Any]) -> str:
+    """A stranger's text."""
+    if isinstance(sent, bytes):
+        raise Unreadable('a file, but this run reads texts: send JSON, {"text": "a wonderful film"}')
+    if len(sent) > MOST_CHARACTERS:
+        raise TooLarge(f"{len(sent):,} characters; the most are {MOST_CHARACTERS:,}")
+    return sent.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
 
 
 def word_vectors(ids: Tensor, words: int, size: int, near: int = 5) -> Tensor:
@@ -3600,10 +3629,28 @@ def plot_image_samples(pictures: list[np.ndarray], verdicts: Sequence[Verdict | 
             plot_picture(sheet.cell(figure, *divmod(i, 6)), picture, verdict)
 
 
+def tint_map(strength: np.ndarray) -> np.ndarray:
+    """The colours that show a map in 0-1 over its picture, RGBA in 0-1: the weaker, the clearer."""
+    from matplotlib import colormaps
+    layer = colormaps["inferno"](strength)
+    layer[..., 3] = 0.75 * strength ** 0.5
+    return layer
+
+
+def draw_overlay(picture: np.ndarray, strength: np.ndarray) -> bytes:
+    """A PNG of a picture under a map, each pixel large enough to be seen."""
+    from PIL import Image
+    size = (picture.shape[1] * max(1, 256 // picture.shape[1]), picture.shape[0] * max(1, 256 // picture.shape[0]))
+    below = Image.fromarray(picture).convert("RGBA").resize(size, Image.Resampling.NEAREST)
+    above = Image.fromarray((255 * tint_map(strength)).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    Image.alpha_composite(below, above).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
 def plot_image_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict | Caption],
                     maps: list[dict[str, np.ndarray]], path: Path, title: str) -> None:
     """Each picture beside itself under each of its maps, six panels a line; an empty map leaves it as it is."""
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     lines: list[list[tuple[np.ndarray, Any, Any]]] = [[]]  # picture, what stands above, map
     for picture, verdict, some in zip(pictures, verdicts, maps, strict=True):
@@ -3619,9 +3666,7 @@ def plot_image_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict | Cap
                 plot_picture(axes, picture, above if strength is None else None)
                 if strength is not None:
                     axes.set_title(above, fontsize=9, color=GREY)
-                    layer = colormaps["inferno"](strength)
-                    layer[..., 3] = 0.75 * strength ** 0.5
-                    axes.imshow(layer, interpolation="bilinear")
+                    axes.imshow(tint_map(strength), interpolation="bilinear")
         bar = figure.colorbar(ScalarMappable(cmap="inferno"), orientation="horizontal",
                               cax=figure.add_axes((0.3, 0.3 / sheet.height, 0.4, 0.09 / sheet.height)))
         bar.set_ticks([0, 1], labels=["no influence", "strongest"])
@@ -3883,31 +3928,35 @@ def plot_setting(axes: Any, name: str, tried: list[Tried], logarithmic: bool, fl
 
 # -- pages -------------------------------------------------------------------------------------------------------------
 
+LOOK = """
+  :root { color-scheme: light dark; --right: light-dark(#0072b2, #56b4e9); --wrong: light-dark(#b34700, #ff9a4d);
+          --line: light-dark(#d0d0d0, #505050); --soft: light-dark(#f3f4f6, #24262a); }
+  body { font: 16px/1.55 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+  h1 { font-size: 1.5rem; line-height: 1.3; }
+  h2 { font-size: 1.2rem; margin: 2.2rem 0 0.5rem; border-bottom: 1px solid var(--line); padding-bottom: 0.2rem; }
+  p { margin: 0.4rem 0; }
+  .banner { border: 2px solid var(--wrong); border-radius: 6px; padding: 0.6rem 1rem; font-weight: 600; }
+  .headline { font-size: 1.1rem; background: var(--soft); border-radius: 6px; padding: 0.7rem 1rem; }
+  figure { margin: 1rem 0; break-inside: avoid; }
+  figure img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+  figcaption { margin-top: 0.3rem; }
+  mark { color: inherit; border-radius: 3px; padding: 0.05em 0.15em;
+         background: rgb(var(--tint) / calc(0.75 * var(--dark))); }
+"""  # of every page
+
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
-<style>
-  :root {{ color-scheme: light dark; --right: light-dark(#0072b2, #56b4e9); --wrong: light-dark(#b34700, #ff9a4d);
-          --line: light-dark(#d0d0d0, #505050); --soft: light-dark(#f3f4f6, #24262a); }}
-  body {{ font: 16px/1.55 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }}
-  body.text {{ font-size: 17px; line-height: 1.7; max-width: 46rem; }}
-  h1 {{ font-size: 1.5rem; line-height: 1.3; }}
-  h2 {{ font-size: 1.2rem; margin: 2.2rem 0 0.5rem; border-bottom: 1px solid var(--line); padding-bottom: 0.2rem; }}
+<style>{look}  body.text {{ font-size: 17px; line-height: 1.7; max-width: 46rem; }}
   h3 {{ font-size: 1rem; margin: 1.4rem 0 0.3rem; }}
-  p {{ margin: 0.4rem 0; }}
   .text h1 {{ font-size: 1.15rem; }}
   .text h2 {{ font-size: 1rem; margin: 2rem 0 0; border: 0; }}
   .right {{ color: var(--right); }}
   .wrong {{ color: var(--wrong); }}
-  .banner {{ border: 2px solid var(--wrong); border-radius: 6px; padding: 0.6rem 1rem; font-weight: 600; }}
-  .headline {{ font-size: 1.1rem; background: var(--soft); border-radius: 6px; padding: 0.7rem 1rem; }}
   nav ul {{ padding-left: 1.2rem; margin: 0.3rem 0; }}
-  figure {{ margin: 1rem 0; break-inside: avoid; }}
-  figure img {{ max-width: 100%; height: auto; background: white; border-radius: 4px; }}
-  figcaption {{ margin-top: 0.3rem; }}
   .wide {{ overflow-x: auto; }}
   table {{ border-collapse: collapse; margin: 0.8rem 0; font-variant-numeric: tabular-nums; }}
   caption {{ text-align: left; font-weight: 600; padding-bottom: 0.3rem; }}
@@ -3917,8 +3966,6 @@ PAGE = """<!DOCTYPE html>
   .facts td {{ overflow-wrap: anywhere; }}
   code {{ font-size: 0.9em; overflow-wrap: anywhere; }}
   @media (max-width: 30rem) {{ table {{ font-size: 0.87rem; }} th, td {{ padding-right: 0.45rem; }} }}
-  mark {{ color: inherit; border-radius: 3px; padding: 0.05em 0.15em;
-         background: rgb(var(--tint) / calc(0.75 * var(--dark))); }}
   @media print {{ :root {{ color-scheme: light; }} body {{ margin: 0; max-width: none; font-size: 11pt; }}
                  h2, h3 {{ break-after: avoid; }} tr {{ break-inside: avoid; }} nav {{ display: none; }} }}
 </style>
@@ -3934,7 +3981,7 @@ PAGE = """<!DOCTYPE html>
 def write_page(path: Path, title: str, body: str, kind: str = "report") -> None:
     """A page that needs nothing but itself: no network, no script."""
     lines = [html.escape(line) for line in title.splitlines()]
-    page = PAGE.format(title=lines[0], heading="<br>".join(lines), kind=kind, body=body)
+    page = PAGE.format(look=LOOK, title=lines[0], heading="<br>".join(lines), kind=kind, body=body)
     write_atomically(path, lambda part: part.write_text(page, "utf-8"))
 
 
@@ -3977,6 +4024,11 @@ def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]],
             + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>")
 
 
+def data_uri(png: bytes) -> str:
+    """A picture as the address of itself."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
 def png_size(blob: bytes) -> dict[str, int]:
     """How large a figure is meant to be seen, from the PNG's head; they are drawn finer than most screens are."""
     return {name: int.from_bytes(blob[place:place + 4], "big") * 2 // 3 for name, place in (("width", 16),
@@ -3985,7 +4037,7 @@ def png_size(blob: bytes) -> dict[str, int]:
 
 def html_png(blob: bytes, what: str, **rules: Any) -> str:
     """A picture as part of the page, and what is to be read where it cannot be seen."""
-    rules = {"alt": what, **png_size(blob), **rules, "src": f"data:image/png;base64,{base64.b64encode(blob).decode()}"}
+    rules = {"alt": what, **png_size(blob), **rules, "src": data_uri(blob)}
     return "<img " + " ".join(f'{key}="{html.escape(str(value))}"' for key, value in rules.items()) + ">"
 
 
@@ -4034,6 +4086,9 @@ class Kind:
     plot_samples: Callable[..., None]
     plot_maps: Callable[..., None]
     yardstick: Callable[[Data], tuple[str, Tensor]]  # a simple method: (name, classes of the test part)
+    request: str  # what a server is to be sent
+    receive: Callable[..., Any]  # (what was sent, meta) -> sample
+    tell: Callable[..., list[dict[str, Any]]]  # (model, samples, rows, classes) -> why, for a server's answers
     start: Callable[..., str] = lambda model, data: ""  # before the first step; says what it did
     aside: Callable[..., tuple[float, float]] = lambda data, first: (0.0, 0.0)  # seconds beside training: before, after
     page: Callable[..., None] | None = None  # of what plot_maps draws
@@ -4134,6 +4189,22 @@ def dress_texts(samples: Texts, rows: Tensor, names: Any, maps: Tensor) -> list[
     return texts
 
 
+def tell_images(model: nn.Module, samples: Images, rows: Tensor, label: Tensor) -> list[dict[str, Any]]:
+    """Each picture as the model got it, under the map of what spoke for its class."""
+    (name, maps), *_ = explain_images(model, samples.batch(rows), label).items()
+    return [{"method": ": ".join(EXPLANATIONS[name]), "overlay": data_uri(draw_overlay(samples.show(row), strength))}
+            for row, strength in zip(rows.tolist(), maps.cpu().numpy(), strict=True)]
+
+
+@torch.no_grad()
+def tell_texts(model: nn.Module, samples: Texts, rows: Tensor, label: Tensor) -> list[dict[str, Any]]:
+    """The words of each text with the model's attention to them, and how dark that makes them."""
+    weights = model.attend(samples.batch(rows))[1].cpu()  # type: ignore[operator]
+    dressed = dress_texts(samples, rows, None, weights[None])
+    return [{"method": ": ".join(EXPLANATIONS["attention"]), "words": words,
+             "shades": [dark for _, dark in shade(words)]} for words in dressed]
+
+
 @torch.no_grad()
 def hint_texts(model: nn.Module, samples: Texts, row: int) -> str:
     """The words that weighed most, and those that the model does not know."""
@@ -4150,10 +4221,12 @@ def hint_texts(model: nn.Module, samples: Texts, row: int) -> str:
 KINDS = {
     "image": Kind("PICTURE.png", 100, 80, (24, 12, 4), pack_images, learn_images, Images, open_images,
                   IMAGE_MODELS, explain_images, dress_images, plot_image_samples, plot_image_maps, pixel_yardstick,
-                  aside=picture_seconds),
+                  'a picture: its file with "Content-Type: image/png" (or alike), or JSON: {"image": "its base64"}',
+                  receive_image, tell_images, aside=picture_seconds),
     "text": Kind('"a wonderful film, though a little long"', 50, 300, (12, 4, 2), pack_texts, learn_texts, Texts,
                  open_texts, TEXT_MODELS, explain_texts, dress_texts, plot_text_samples, plot_text_weights,
-                 phrase_yardstick, start_texts, text_seconds, write_text_weights, hint_texts)}
+                 phrase_yardstick, 'a text as JSON: {"text": "a wonderful film"}', receive_text, tell_texts,
+                 start_texts, text_seconds, write_text_weights, hint_texts)}
 
 
 def suit_pictures(samples: int, side: int) -> dict[str, Any]:
@@ -5746,6 +5819,508 @@ def export(name: str, run: Path, given: dict[str, Any], log: Log) -> Path:
     return path
 
 
+# -- serving ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on; it refuses the rest in words."""
+
+    body: int = 16_000_000  # bytes of a request
+    inside: int = 64  # requests at a time
+    batch: int = 32  # samples that a model sees together
+    pause: float = 0.003  # seconds that the first of them waits for others
+    arriving: float = 20.0  # seconds for a whole request to arrive
+    answering: float = 30.0  # seconds from then to the answer
+
+
+REFUSALS = {408: "slow request", 413: "too large", 503: "too many at a time", 504: "no time left"}  # that limits cause
+
+
+class Refused(Exception):
+    """A request that cannot be answered: its HTTP status, one sentence, and whether the connection ends with it."""
+
+    def __init__(self, status: int, text: str, hang_up: bool = False) -> None:
+        super().__init__(text)
+        self.status = status
+        self.headers = {"Connection": "close"} if hang_up else {"Retry-After": "1"} if status == 503 else {}
+
+
+def regret(problem: Refused) -> Any:
+    """It as an answer in JSON."""
+    from fastapi.responses import JSONResponse
+    problem.__traceback__ = problem.__context__ = None  # through them it would hold the body for long
+    return JSONResponse({"error": str(problem)}, problem.status, problem.headers)
+
+
+async def within(seconds: float, job: Awaitable[Any], late: Refused) -> Any:
+    """What the job brings, unless it takes longer."""
+    try:
+        return await asyncio.wait_for(job, seconds)
+    except asyncio.TimeoutError:
+        raise late from None
+
+
+class Tally:
+    """What a server has done, counted for Prometheus."""
+
+    KNOWN: typing.ClassVar = {  # name -> type, meaning, and the upper edges of a histogram
+        "dld_requests_total": ("counter", "Requests for predictions, by run and status of the answer.", ()),
+        "dld_rejected_total": ("counter", "Requests beyond a limit of size, number or time.", ()),
+        "dld_request_seconds": ("histogram", "Time from a request's first line to its answer.",
+                                (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)),
+        "dld_batch_size": ("histogram", "Samples that a model saw together.", (1, 2, 4, 8, 16, 32))}
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, float]] = {name: defaultdict(float) for name in self.KNOWN}
+
+    def add(self, name: str, amount: float = 1, part: str = "", **labels: Any) -> None:
+        """Count; `part` is one of a histogram's."""
+        said = ",".join(f"{key}={json.dumps(str(value), ensure_ascii=False)}" for key, value in labels.items())
+        self.values[name][f"{name}{part}{{{said}}}"] += amount
+
+    def observe(self, name: str, value: float, **labels: Any) -> None:
+        """Put a value into a histogram."""
+        for edge in (*self.KNOWN[name][2], math.inf):
+            self.add(name, value <= edge, "_bucket", **labels, le="+Inf" if edge == math.inf else edge)
+        self.add(name, value, "_sum", **labels)
+        self.add(name, 1, "_count", **labels)
+
+    def text(self) -> str:
+        """All of it in Prometheus' text format."""
+        return "".join(f"# HELP {name} {meaning}\n# TYPE {name} {kind}\n"
+                       + "".join(f"{key} {value:.10g}\n" for key, value in self.values[name].items())
+                       for name, (kind, meaning, _) in self.KNOWN.items())
+
+
+@dataclass
+class Question:
+    """One sample that waits for its answer."""
+
+    sample: Any
+    explain: bool
+    answer: asyncio.Future[Any]
+
+
+class Desk:
+    """A run that is served: the questions that wait go through its model together, on a thread of its own."""
+
+    def __init__(self, ready: Predictor, tally: Tally, limits: Limits) -> None:
+        self.ready, self.tally, self.limits = ready, tally, limits
+        self.name = ready.run.resolve().name
+        self.takes = f"{self.name} takes {ready.kind.request}"
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.waiting: list[Question] = []
+        self.working: asyncio.Task[None] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a visitor should know of this run."""
+        accuracy = None
+        with contextlib.suppress(UsageError):  # only model.pt has to be there
+            accuracy = read_json(self.ready.run / "metrics.json").get("test_accuracy")
+        return {"name": self.name, **{key: self.ready.meta[key] for key in (
+            "task", "kind", "model", "dataset", "stand_in", "classes")}, "test_accuracy": accuracy}
+
+    def read(self, content: str, body: bytes) -> Any:
+        """The sample in a request's body."""
+        sent: Any = body
+        if content == "application/json":
+            try:
+                sent = json.loads(body)
+            except (ValueError, RecursionError):
+                raise Refused(400, f"the body is not valid JSON; {self.takes}") from None
+            sent = sent.get(self.ready.meta["kind"]) if isinstance(sent, dict) else None
+        elif not content.startswith("image/") and content != "application/octet-stream":
+            raise Refused(415, f"the Content-Type {'is not known here' if content else 'is missing'}; {self.takes}")
+        if not isinstance(sent, bytes | str):
+            raise Refused(422, self.takes)
+        try:
+            return self.ready.kind.receive(sent, self.ready.meta)
+        except Unreadable as problem:
+            said = re.sub(r" <.*?>", "", str(problem))  # Pillow tells where in the memory something was
+            raise Refused(413 if isinstance(problem, TooLarge) else 422, said) from None
+
+    async def ask(self, sample: Any, explain: bool) -> dict[str, Any]:
+        """The answer for a sample, when its turn has come."""
+        question = Question(sample, explain, asyncio.get_running_loop().create_future())
+        self.waiting.append(question)
+        if self.working is None or self.working.done():
+            self.working = asyncio.create_task(self.work())
+        return dict(await question.answer)
+
+    async def work(self) -> None:
+        """Answer what waits, batch after batch, until nothing does."""
+        while self.waiting:
+            if len(self.waiting) < self.limits.batch:
+                await asyncio.sleep(self.limits.pause)
+            batch = [each for each in self.waiting[:self.limits.batch] if not each.answer.done()]  # its time may be up
+            del self.waiting[:self.limits.batch]
+            if not batch:
+                continue
+            self.tally.observe("dld_batch_size", len(batch), run=self.name)
+            answers = await asyncio.get_running_loop().run_in_executor(self.thread, self.answer, batch)
+            for question, answer in zip(batch, answers, strict=True):
+                if question.answer.done():
+                    continue
+                if isinstance(answer, Exception):
+                    question.answer.set_exception(answer)
+                else:
+                    question.answer.set_result(answer)
+
+    def answer(self, batch: list[Question]) -> list[Any]:
+        """An answer for each question, or what went wrong: a sample that the model fails on harms no other."""
+        ready = self.ready
+        try:
+            samples = ready.pack([question.sample for question in batch])
+            shares = ready.shares(samples)
+            answers = [{"run": self.name, "predicted": ready.classes[int(share.argmax())],
+                        "confidence": round(float(share.max()), 6),
+                        "probabilities": dict(zip(ready.classes, (round(p, 6) for p in share.tolist()), strict=True))}
+                       for share in shares]
+            asking = torch.tensor([row for row, question in enumerate(batch) if question.explain], dtype=torch.long)
+            if len(asking):
+                label = shares[asking].argmax(1).to(ready.runtime.device)
+                for row, told in zip(asking, ready.kind.tell(ready.model, samples, asking, label), strict=True):
+                    answers[row] |= told
+            return answers
+        except Exception as problem:
+            return [problem] if len(batch) == 1 else [answer for each in batch for answer in self.answer([each])]
+
+
+class Server:
+    """What answers requests: for predictions from the desks, for all else itself."""
+
+    def __init__(self, ready: Sequence[Predictor], log: Log, limits: Limits) -> None:
+        self.log, self.limits, self.tally, self.inside = log, limits, Tally(), 0
+        self.desks = {desk.name: desk for desk in (Desk(each, self.tally, limits) for each in ready)}
+        self.readers = concurrent.futures.ThreadPoolExecutor(2)
+
+    def find(self, name: str | None) -> Desk:
+        """The desk of this name; without a name, the only one."""
+        known = ", ".join(self.desks)
+        if name is None and len(self.desks) > 1:
+            raise Refused(400, f"several runs are served here: add ?run= and one of {known}")
+        if name is not None and name not in self.desks:
+            raise Refused(404, f"no such run is served here; there is {known}")
+        return self.desks[name or known]
+
+    async def receive(self, request: Any) -> bytes:
+        """The body of a request, read no further than it may be long."""
+        body, most, said = bytearray(), self.limits.body, f"a request may hold {say_size(self.limits.body)}"
+        if (length := int(request.headers.get("content-length", 0))) > most:
+            raise Refused(413, said, hang_up=length > 4 * most)  # hardly any client hears what is said while it sends
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise Refused(413, said, hang_up=True)
+        return bytes(body)
+
+    async def reply(self, request: Any, desk: Desk) -> dict[str, Any]:
+        """The answer to a request for a prediction."""
+        explain = request.query_params.get("explain", "0")
+        if explain not in ("0", "1"):
+            raise Refused(400, "explain is 0 or 1")
+        if self.inside >= self.limits.inside:
+            raise Refused(503, "too many requests at a time; try again in a second")
+
+        async def answer() -> dict[str, Any]:
+            sample = await asyncio.get_running_loop().run_in_executor(self.readers, desk.read, content, body)
+            return await desk.ask(sample, explain == "1")
+
+        self.inside += 1
+        try:
+            late = Refused(408, "the request came too slowly", hang_up=True)
+            body = await within(self.limits.arriving, self.receive(request), late)
+            content = request.headers.get("content-type", "").split(";")[0].strip().lower()
+            if not body:
+                raise Refused(400, f"the body is empty; {desk.takes}")
+            return dict(await within(self.limits.answering, answer(), Refused(504, "no answer in time; try again")))
+        finally:
+            self.inside -= 1
+
+    async def predict(self, request: Any) -> Any:
+        """POST /predict: always an answer in JSON, and always counted."""
+        from fastapi.responses import JSONResponse
+        from starlette.requests import ClientDisconnect
+        started, run = time.perf_counter(), ""
+        try:
+            desk = self.find(request.query_params.get("run"))
+            run = desk.name
+            answer = JSONResponse(await self.reply(request, desk))
+        except Refused as problem:
+            answer = regret(problem)
+        except ClientDisconnect:
+            answer = regret(Refused(400, "the request ended too early"))
+        except asyncio.CancelledError:
+            answer = regret(Refused(503, "this server is being stopped"))
+        except Exception as problem:
+            self.log(f"error: a request to {run} failed: {type(problem).__name__}: {problem}")
+            answer = regret(Refused(500, "this should not have happened; the server's log says more"))
+        self.tally.add("dld_requests_total", run=run, status=answer.status_code)
+        if answer.status_code in REFUSALS:
+            self.tally.add("dld_rejected_total", run=run, reason=REFUSALS[answer.status_code])
+        self.tally.observe("dld_request_seconds", time.perf_counter() - started, run=run)
+        return answer
+
+    def build(self) -> Any:
+        """The FastAPI application."""
+        from fastapi import FastAPI
+        from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+        from starlette.exceptions import HTTPException
+        from starlette.routing import Route
+        health = {"status": "ok", "version": VERSION, "runs": [desk.facts() for desk in self.desks.values()]}
+
+        async def lost(request: Any, problem: HTTPException) -> Any:
+            where = "there are GET /, /health and /metrics, and POST /predict"
+            answer = regret(Refused(problem.status_code, f"{problem.detail}; {where}"))
+            answer.headers.update(problem.headers or {})  # which methods are allowed
+            return answer
+
+        async def show_page(request: Any) -> Any:
+            return HTMLResponse(SERVED_PAGE)
+
+        async def show_health(request: Any) -> Any:
+            return JSONResponse(health)
+
+        async def show_metrics(request: Any) -> Any:
+            return PlainTextResponse(self.tally.text(), media_type="text/plain; version=0.0.4")
+
+        routes: list[Any] = [Route("/", show_page), Route("/health", show_health), Route("/metrics", show_metrics),
+                             Route("/predict", self.predict, methods=["POST"])]
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=routes,
+                      exception_handlers={HTTPException: lost})
+        app.router.redirect_slashes = False
+        return app
+
+
+SERVED_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>Try the model</title>
+<style>""" + LOOK + """  [hidden] { display: none !important; }
+  label { font-weight: 600; }
+  select, textarea, button, input { font: inherit; max-width: 100%; box-sizing: border-box; }
+  select, textarea, button { padding: 0.4rem 0.6rem; border: 1px solid var(--line); border-radius: 6px; }
+  textarea { display: block; width: 100%; margin: 0.4rem 0; }
+  button { font-weight: 600; padding: 0.4rem 1.4rem; cursor: pointer; }
+  :focus-visible { outline: 3px solid var(--right); outline-offset: 2px; }
+  #standin, #facts { margin: 0.8rem 0; }
+  #ask { margin: 1.2rem 0; }
+  .drop { border: 2px dashed var(--line); border-radius: 6px; padding: 1.4rem 1rem; text-align: center; }
+  .drop.over { border-color: var(--right); background: var(--soft); }
+  .drop input { display: block; margin: 0.8rem auto 0; }
+  #verdict { border: 0; margin-top: 1.4rem; }
+  #bars { list-style: none; margin: 0; padding: 0; display: grid; grid-template-columns: auto 1fr auto;
+         gap: 0.35rem 0.7rem; align-items: center; }
+  #bars li { display: contents; }
+  .track { background: var(--soft); border-radius: 3px; height: 1rem; }
+  .fill { background: var(--line); border-radius: 3px; height: 100%; min-width: 2px; }
+  li:first-child .fill { background: var(--right); }
+  li:first-child { font-weight: 600; }
+  .share { text-align: right; font-variant-numeric: tabular-nums; }
+  #pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
+  #pictures img { width: 16rem; max-width: calc(50% - 0.5rem); aspect-ratio: 1; object-fit: contain;
+                 background: var(--soft); }
+  .small { image-rendering: pixelated; }
+  #words { line-height: 1.9; overflow-wrap: anywhere; }
+  #words mark { margin: 0 -0.15em; }
+  .busy { opacity: 0.5; }
+</style>
+</head>
+<body>
+<h1 id="heading">Try the model</h1>
+<p id="choice" hidden><label>Run <select id="run"></select></label></p>
+<p id="standin" class="banner" hidden></p>
+<p id="facts" class="headline"></p>
+<form id="ask">
+<div id="image" class="drop" hidden>
+<label for="file">Choose a picture, drop one here, or paste one</label>
+<input id="file" type="file" accept="image/*">
+</div>
+<div id="text" hidden>
+<label for="sentence">Type or paste a text</label>
+<textarea id="sentence" rows="4" maxlength="100000" placeholder="a wonderful film, though a little long"></textarea>
+<button>Predict</button>
+</div>
+</form>
+<p id="error" class="banner" role="alert" hidden></p>
+<section id="result" hidden>
+<h2 id="verdict" role="status"></h2>
+<ol id="bars" aria-label="Probability of each class"></ol>
+<figure>
+<div id="pictures"><img id="given" alt="the picture as it was given"><img id="overlay" alt=""></div>
+<p id="words"></p>
+<figcaption id="method"></figcaption>
+</figure>
+</section>
+<script>
+"use strict";
+const $ = id => document.getElementById(id), most = 16e6;
+let runs = [], run = null, turn = 0;
+const percent = share => (100 * share).toFixed(1) + "%";
+const show = (id, text) => { $(id).textContent = text; $(id).hidden = !text; };
+const complain = text => show("error", text[0].toUpperCase() + text.slice(1) + ".");
+const make = (name, text, parent) => {
+  const made = parent.appendChild(document.createElement(name));
+  made.textContent = text;
+  return made;
+};
+
+function choose(name) {
+  run = runs.find(each => each.name === name);
+  document.title = $("heading").textContent = "Try " + run.name;
+  const tested = run.test_accuracy === null ? "" : ", test accuracy " + percent(run.test_accuracy);
+  show("facts", run.task + ": " + run.model + " on " + run.dataset + tested + ".");
+  show("standin", run.stand_in ? "Trained on " + run.dataset + ": good for trying out, not for claims." : "");
+  for (const kind of ["image", "text"]) $(kind).hidden = run.kind !== kind;
+  show("error", "");
+  $("result").hidden = true;
+  turn++;
+}
+
+function explain(answer) {
+  $("pictures").hidden = !answer.overlay;
+  if (answer.overlay) {
+    $("overlay").src = answer.overlay;
+    $("overlay").alt = "what the model got, lit where it spoke for " + answer.predicted;
+  }
+  $("words").textContent = "";
+  (answer.words || []).forEach(([word, weight], i) => {
+    const made = make(answer.shades[i] ? "mark" : "span", word, $("words"));
+    made.title = "weight " + percent(weight);
+    made.style.setProperty("--tint", "213 94 0");
+    made.style.setProperty("--dark", answer.shades[i]);
+    $("words").append(" ");
+  });
+  show("method", answer.method);
+}
+
+function present(answer) {
+  show("verdict", answer.predicted + ", " + percent(answer.confidence));
+  $("bars").textContent = "";
+  for (const [name, share] of Object.entries(answer.probabilities).sort((a, b) => b[1] - a[1])) {
+    const line = make("li", "", $("bars"));
+    make("span", name, line);
+    const track = make("div", "", line);
+    track.className = "track";
+    const fill = make("div", "", track);
+    fill.className = "fill";
+    fill.style.width = percent(share);
+    make("span", percent(share), line).className = "share";
+  }
+  explain(answer);
+  $("result").hidden = false;
+}
+
+async function predict(body, type) {
+  const mine = ++turn;
+  show("error", "");
+  $("result").classList.add("busy");
+  try {
+    const reply = await fetch("predict?explain=1&run=" + encodeURIComponent(run.name),
+                              {method: "POST", headers: {"Content-Type": type}, body});
+    const answer = await reply.json();
+    if (mine !== turn) return;  // something newer was asked meanwhile
+    if (!reply.ok) throw new Error(answer.error);
+    present(answer);
+  } catch (problem) {
+    if (mine !== turn) return;
+    $("result").hidden = true;
+    complain(problem instanceof TypeError ? "the server does not answer" : problem.message);
+  } finally {
+    if (mine === turn) $("result").classList.remove("busy");
+  }
+}
+
+function look(files) {
+  if (!run || run.kind !== "image" || !files.length) return;
+  if (files[0].size > most) return complain("this file is larger than 16 MB");
+  URL.revokeObjectURL($("given").src);
+  $("given").hidden = false;
+  $("given").src = URL.createObjectURL(files[0]);
+  predict(files[0], files[0].type.startsWith("image/") ? files[0].type : "application/octet-stream");
+}
+
+$("given").onerror = () => { $("given").hidden = true; };  // a format that the browser cannot show
+$("given").onload = () => { $("given").className = $("given").naturalWidth < 200 ? "small" : ""; };
+$("run").onchange = () => choose($("run").value);
+$("file").onchange = () => { look($("file").files); };
+document.onpaste = event => look(event.clipboardData.files);
+document.ondragover = event => { event.preventDefault(); $("image").classList.add("over"); };
+document.ondragleave = event => { if (!event.relatedTarget) $("image").classList.remove("over"); };
+document.ondrop = event => {
+  event.preventDefault();
+  $("image").classList.remove("over");
+  look(event.dataTransfer.files);
+};
+$("ask").onsubmit = event => {
+  event.preventDefault();
+  if (run) predict(JSON.stringify({text: $("sentence").value}), "application/json");
+};
+$("sentence").onkeydown = event => {
+  if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); $("ask").requestSubmit(); }
+};
+fetch("health").then(reply => reply.json()).then(health => {
+  runs = health.runs;
+  for (const each of runs) make("option", each.name, $("run"));
+  $("choice").hidden = runs.length < 2;
+  choose(runs[0].name);
+}).catch(() => complain("the server does not answer"));
+</script>
+</body>
+</html>
+"""
+
+
+def guard_page(page: str) -> list[tuple[str, str]]:
+    """Headers that let a browser run nothing but the page's own script, and load nothing from elsewhere."""
+    script, style = ("'sha256-" + base64.b64encode(hashlib.sha256(found.encode()).digest()).decode() + "'"
+                     for tag in ("script", "style") for found in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S))
+    return [("Content-Security-Policy",
+             f"default-src 'none'; script-src {script}; style-src {style}; img-src data: blob:; connect-src 'self'; "
+             "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+            ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+
+
+def open_port(host: str, port: int) -> socket.socket:
+    """A socket that listens, or one clear line."""
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port}: must be at least 0 and at most 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as problem:
+        busy = isinstance(problem, OSError) and problem.errno == errno.EADDRINUSE
+        reason = "another program listens there" if busy else f"cannot listen there: {problem}"
+        raise UsageError(f"--host {host} --port {port}: {reason}; try another --port, or --port 0") from problem
+
+
+def serve(runs: list[Path], given: dict[str, Any], log: Log, host: str = "127.0.0.1", port: int = 8000,
+          limits: Limits = Limits()) -> None:
+    """Answer requests for predictions until Ctrl-C."""
+    if unfit := set(given) - {"device", "precision"}:
+        raise UsageError(f"--serve takes its settings from the run; leave out {flag_name(min(unfit))}")
+    require("--serve", "fastapi", "uvicorn")
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        raise UsageError("--serve: each --run needs a folder name of its own")
+    import uvicorn
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # of 1024: texts of all lengths would fill 100 MB
+    with open_port(host, port) as door:
+        runtime = start_runtime(Config(**{"precision": "fp32", **given}))
+        keep_memory(1 << 23)  # a server that was sent one large picture must not stay large
+        app = Server([Predictor(run, runtime) for run in runs], log, limits).build()
+        settings = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", http="h11", ws="none",
+                                  loop="asyncio", server_header=False, proxy_headers=False,
+                                  timeout_graceful_shutdown=3, headers=guard_page(SERVED_PAGE))
+        where = f"[{host}]" if ":" in host else host
+        log(f"Serving {', '.join(names)} at http://{where}:{door.getsockname()[1]}/ until Ctrl-C")
+        with Brake(), contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run([door])
+    log("Stopped serving")
+
+
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ 14  Commands and flags                                                                                           ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════════════════════════╝
@@ -6930,12 +7505,16 @@ def build_parser() -> Parser:
     tuning("--storage", metavar="URL", help="keep a search in this database, as sqlite:///study.db: it can go on, and "
                                             "several processes can share it")
     again = parser.add_argument_group("using it again")
-    again.add_argument("--run", type=Path, metavar="RUN", help="a run folder, for --predict, --evaluate and --export")
+    again.add_argument("--run", nargs="+", type=Path, metavar="RUN",
+                       help="a run folder, for --predict, --evaluate, --export; for --serve, one or more")
     again.add_argument("--predict", nargs="+", metavar="INPUT",
                        help="pictures, sentences, files of lines, tables, or folders of them")
     again.add_argument("--output", type=Path, metavar="FILE", help="where --predict puts its table, in CSV")
     again.add_argument("--explain", action="store_true", help="with --output: figures of why, for the first inputs")
     again.add_argument("--evaluate", action="store_true", help="measure --run again on its test data")
+    again.add_argument("--serve", action="store_true", help="answer requests with --run, and show a page to try it")
+    again.add_argument("--port", type=int, help="of --serve; 0: any that is free (default: 8000)")
+    again.add_argument("--host", help="address that --serve listens at (default: 127.0.0.1, this machine alone)")
     again.add_argument("--export", choices=tuple(FORMS), metavar="FORMAT",
                        help=f"--run's model as a file for other programs: {', '.join(FORMS)}")
     again.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="finished runs, against each other")
@@ -6946,6 +7525,11 @@ def build_parser() -> Parser:
     return parser
 
 
+JOBS = ("predict", "evaluate", "serve", "export", "compare", "resume", "config", "search")  # all else trains
+BELONGS = {"run": ("predict", "evaluate", "serve", "export"), "output": ("predict",), "explain": ("predict",),
+           "port": ("serve",), "host": ("serve",), "storage": ("search",)}  # flags that mean nothing without these
+
+
 def run_command(argv: list[str], log: Log) -> None:
     """Parse the flags and do what they ask for."""
     parser = build_parser()
@@ -6954,30 +7538,31 @@ def run_command(argv: list[str], log: Log) -> None:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)} (--help lists every flag)")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
-    jobs = [flag for flag, asked in (("--predict", args.predict), ("--evaluate", args.evaluate),
-                                     ("--export", args.export), ("--compare", args.compare),
-                                     ("--resume", args.resume), ("--config", args.config),
-                                     ("--search", args.search is not None)) if asked]
+    jobs = [name for name in JOBS if getattr(args, name) not in (None, False)]
     if len(jobs) > 1:
-        raise UsageError(f"{' and '.join(jobs)} cannot be combined")
-    if (args.run is not None) != bool(args.predict or args.evaluate or args.export):
-        raise UsageError("--run needs --predict, --evaluate or --export" if args.run is not None else
-                         f"{jobs[0]} needs --run RUN, for example --run outputs/cifar10")
-    if (args.output or args.explain) and not args.predict:
-        raise UsageError(f"{'--output' if args.output else '--explain'} needs --predict")
-    if args.storage is not None and args.search is None:
-        raise UsageError("--storage needs --search N")
-    if args.predict:
-        predict(args.predict, args.run, given, log, args.output, args.explain)
-    elif args.evaluate:
-        evaluate(args.run, given, log)
-    elif args.export:
-        export(args.export, args.run, given, log)
-    elif args.compare:
+        raise UsageError(f"{' and '.join(map(flag_name, jobs))} cannot be combined")
+    job = jobs[0] if jobs else ""
+    for name, owners in BELONGS.items():
+        if getattr(args, name) not in (None, False) and job not in owners:
+            raise UsageError(f"{flag_name(name)} needs {' or '.join(map(flag_name, owners))}")
+    if job in BELONGS["run"] and not args.run:
+        raise UsageError(f"{flag_name(job)} needs --run RUN, for example --run outputs/cifar10")
+    if args.run and len(args.run) > 1 and job != "serve":
+        raise UsageError(f"{flag_name(job)} takes one --run, not {len(args.run)}")
+    if job == "predict":
+        predict(args.predict, args.run[0], given, log, args.output, args.explain)
+    elif job == "evaluate":
+        evaluate(args.run[0], given, log)
+    elif job == "export":
+        export(args.export, args.run[0], given, log)
+    elif job == "serve":
+        serve(args.run, given, log, **{name: value for name in ("host", "port")
+                                       if (value := getattr(args, name)) is not None})
+    elif job == "compare":
         compare(args.compare, given, log)
-    elif args.search is not None:
+    elif job == "search":
         search(args.search, args.storage, given, log)
-    elif given.get("task") == "all" and not args.resume and not args.config:
+    elif given.get("task") == "all" and not job:
         train_all(given, log)
     else:
         if args.resume:
