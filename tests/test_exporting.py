@@ -149,7 +149,7 @@ def test_metadata_is_enough_to_predict_a_picture_as_the_program_does(finished, e
         model = ready(finished[task])
         opened = model.kind.open(str(tmp_path / "picture.png"), model.meta)
         shares = dld.FORMS["onnx"].open(exported[task, "onnx"])(x)
-        torch.testing.assert_close(shares.double(), model.shares(model.pack([opened[0][1]])), rtol=0, atol=1e-4)
+        torch.testing.assert_close(shares.double(), model.shares(model.pack([opened])), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", TASKS)
