@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, dld
+from matplotlib import colormaps
 from PIL import Image
 from test_bad_input import giant
 
@@ -145,8 +146,8 @@ def test_a_picture_is_explained_by_its_map_in_the_colours_of_the_report(finished
     drawn = Image.open(io.BytesIO(base64.b64decode(answers[0]["overlay"].removeprefix("data:image/png;base64,"))))
     assert drawn.size == (256, 256) and answers[0]["method"].startswith("Grad-CAM: ")
     y, x = np.unravel_index(strength.argmax(), strength.shape)
-    layer = dld.tint_map(strength)[y, x]
-    wanted = 255 * layer[:3] * layer[3] + shapes.x[0][:, y, x] * (1 - layer[3])
+    strongest = 255 * np.array(colormaps["inferno"](1.0)[:3])
+    wanted = 0.75 * strongest + 0.25 * shapes.x[0][:, y, x]
     assert np.abs(np.asarray(drawn)[8 * y + 4, 8 * x + 4] - wanted).max() < 40
     y, x = np.unravel_index(strength.argmin(), strength.shape)
     assert np.abs(np.asarray(drawn)[8 * y + 4, 8 * x + 4] - shapes.x[0][:, y, x].astype(int)).max() < 40
@@ -161,6 +162,8 @@ def test_a_text_is_explained_by_the_attention_to_its_words(finished, port):
     long = json.dumps({"text": "good " * 900})
     words = json.loads(ask(port, place(finished["sentiment"], "&explain=1"), long, JSON)[2])["words"]
     assert words.count(["…", 0.0]) == 1, "the model did not read its middle"
+    half = ask(port, place(finished["sentiment"], "&explain=1"), '{"text": "good \\ud83d? film"}', JSON)
+    assert half[0] == 200 and json.loads(half[2])["words"][-1][0] == "film", "half of a character harms nothing"
 
 
 def test_health_metrics_and_page(finished, port):
@@ -200,6 +203,13 @@ def large_png():
     return file.getvalue()
 
 
+def pcx():
+    """A whole picture, of a format that hardly anybody sends, and so hardly anybody has tested."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(file, "PCX")
+    return file.getvalue()
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n/showpage\n%%EOF\n"
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 PHP = {"Content-Type": "application/x-httpd-php"}
@@ -211,6 +221,7 @@ HOSTILE = [  # name, run, method, path's end, headers, body, status, words of th
     ("more pixels than bytes", "cifar10", "POST", "", PNG, large_png(), 422, "8000 x 8000 pixels; the most are"),
     ("SVG", "cifar10", "POST", "", {"Content-Type": "image/svg+xml"}, SVG, 422, "not a picture"),
     ("a program for a printer", "cifar10", "POST", "", {"Content-Type": "image/x-eps"}, EPS, 422, "not a picture"),
+    ("a rare format", "cifar10", "POST", "", {"Content-Type": "image/x-pcx"}, pcx(), 422, "not a picture"),
     ("HTML", "cifar10", "POST", "", {"Content-Type": "text/html"}, b"<script>", 415, "takes a picture"),
     ("PHP", "cifar10", "POST", "", PHP, b"<?php", 415, "Content-Type is not known"),
     ("no type", "cifar10", "POST", "", {}, b"x", 415, "Content-Type is missing"),
