@@ -989,7 +989,7 @@ def read_picture(source: Any, meta: dict[str, Any], formats: tuple[str, ...] | N
     except FileNotFoundError as problem:
         raise Unreadable("no such file") from problem
     except Image.UnidentifiedImageError as problem:
-        raise Unreadable("not a picture") from problem
+        raise Unreadable("not a picture that can be read") from problem
     except Exception as problem:  # a damaged file can raise nearly anything
         raise Unreadable(f"not a picture that can be read ({problem})") from problem
     if clear:  # transparent means white paper
@@ -1089,7 +1089,7 @@ def learn_texts(tokens: Tokens, rows: Tensor, config: Config) -> dict[str, Any]:
     counts = tokens.of(rows)[0].bincount(minlength=len(tokens.words))
     common = counts.argsort(descending=True, stable=True)[:config.vocabulary]
     known = [tokens.words[i] for i in common[counts[common] > 1].tolist() if tokens.words[i]]
-    return {"vocabulary": known, "max_tokens": config.max_tokens, "pairs": 2 ** min(18, (8 * len(known)).bit_length())}
+    return {"vocabulary": known, "max_tokens": config.max_tokens, "pairs": 2 ** min(18, (8 * (len(known) + 2)).bit_length())}
 
 
 class Texts:
@@ -7538,12 +7538,13 @@ def run_command(argv: list[str], log: Log) -> None:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)} (--help lists every flag)")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
-    jobs = [name for name in JOBS if getattr(args, name) not in (None, False)]
+    asked = {name for name, value in vars(args).items() if value is not None and value is not False}  # 0 is asked for
+    jobs = [name for name in JOBS if name in asked]
     if len(jobs) > 1:
         raise UsageError(f"{' and '.join(map(flag_name, jobs))} cannot be combined")
     job = jobs[0] if jobs else ""
     for name, owners in BELONGS.items():
-        if getattr(args, name) not in (None, False) and job not in owners:
+        if name in asked and job not in owners:
             raise UsageError(f"{flag_name(name)} needs {' or '.join(map(flag_name, owners))}")
     if job in BELONGS["run"] and not args.run:
         raise UsageError(f"{flag_name(job)} needs --run RUN, for example --run outputs/cifar10")
@@ -7556,8 +7557,7 @@ def run_command(argv: list[str], log: Log) -> None:
     elif job == "export":
         export(args.export, args.run[0], given, log)
     elif job == "serve":
-        serve(args.run, given, log, **{name: value for name in ("host", "port")
-                                       if (value := getattr(args, name)) is not None})
+        serve(args.run, given, log, **{name: getattr(args, name) for name in ("host", "port") if name in asked})
     elif job == "compare":
         compare(args.compare, given, log)
     elif job == "search":

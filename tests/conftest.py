@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "deep_learning_deliverable.py"
 sys.path.insert(0, str(ROOT))
 os.environ.pop("DLD_DATA_DIR", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run two at a time
 
 import deep_learning_deliverable as dld  # noqa: E402
 

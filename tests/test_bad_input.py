@@ -332,7 +332,7 @@ RUNS = [
     ("half a picture", "cifar10", lambda r: (r / "x.png").write_bytes((r / "gradcam.png").read_bytes()[:5000]),
      ["--predict", "run/x.png", "--run", "run"], "not a picture that can be read"),
     ("an empty picture", "cifar10", lambda r: (r / "x.png").write_bytes(b""),
-     ["--predict", "run/x.png", "--run", "run"], "not a picture; this run's model reads pictures"),
+     ["--predict", "run/x.png", "--run", "run"], "not a picture that can be read; this run's model"),
     ("a picture of giant size", "cifar10", lambda r: giant(r / "x.png"),
      ["--predict", "run/x.png", "--run", "run"], "not a picture that can be read"),
     ("a folder without texts", "sentiment", lambda r: (r / "none").mkdir(), ["--predict", "run/none", "--run", "run"],

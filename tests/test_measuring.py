@@ -138,8 +138,8 @@ def test_multiply_adds_are_what_the_layers_do():
         channels, side = width, side // 2
     by_hand += 1024 * 512 + 512 * 128 + 128 * 10
     assert dld.count_multiply_adds(dld.build_model(meta), torch.zeros(1, 3, 32, 32)) == by_hand
-    text = {"kind": "text", "model": "lstm", "classes": ["no", "yes"], "vocabulary": ["w"] * 10, "dropout": 0.3,
-            "width": 128}
+    text = {"kind": "text", "model": "lstm", "classes": ["no", "yes"], "vocabulary": ["w"] * 10, "pairs": 128,
+            "dropout": 0.3, "width": 128}
     n = 7
     cells = 2 * n * (4 * 128 * (116 + 128)) + 2 * n * (4 * 128 * (256 + 128))
     attention = n * 256 * 128 + n * 128 + n * 256

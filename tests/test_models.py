@@ -6,8 +6,8 @@ from conftest import dld, small
 
 PICTURES = {"kind": "image", "channels": 3, "side": 32, "classes": list("abcdefghij"), "dropout": 0.0,
             "width": 16, "patches": torch.eye(12).tolist()}
-TEXTS = {"kind": "text", "classes": ["no", "yes"], "vocabulary": [f"w{i}" for i in range(50)], "dropout": 0.0,
-         "model": "lstm", "width": 16}
+TEXTS = {"kind": "text", "classes": ["no", "yes"], "vocabulary": [f"w{i}" for i in range(50)], "pairs": 512,
+         "dropout": 0.0, "model": "lstm", "width": 16}
 
 
 def random_ids(n, length, seed=0):

@@ -278,7 +278,7 @@ def test_keywords_are_the_flags(tmp_path, no_figures):
     ({"epochs": 2.5}, "epochs takes a finite int, got 2.5"),
     ({"augment": 1}, "augment takes a finite bool, got 1"),
     ({"task": "minst"}, "task minst: choose from cifar10, mnist, sentiment, images, text, all (did you mean mnist?)"),
-    ({"task": "all"}, "task all: train them one after another: cifar10, mnist, sentiment"),
+    ({"task": "all"}, "task all: train them one after another: cifar10, mnist, sentiment, images, text"),
     ({"model": ["mlp"]}, "model takes a finite str, got ['mlp']"),
     ({"val_fraction": 0.9}, "val_fraction 0.9: must be at least 0.001 and at most 0.5"),
     ({"resume": "a", "config": "b"}, "resume and config cannot be combined"),
@@ -354,8 +354,8 @@ def test_predicting_texts(run, tmp_path):
     ("cifar10", np.zeros((4, 4, 7), np.uint8), "predict ndarray: not a picture that can be read"),
     ("cifar10", None, "predict NoneType: not a picture that can be read"),
     ("cifar10", [], "predict: nothing to predict in there"),
-    ("sentiment", np.zeros((4, 4), np.uint8), "predict ndarray: this run's model reads sentences, or files of lines"),
-    ("sentiment", ["fine", 3], "predict int: this run's model reads sentences, or files of lines"),
+    ("sentiment", np.zeros((4, 4), np.uint8), "predict ndarray: this run's model reads texts"),
+    ("sentiment", ["fine", 3], "predict int: this run's model reads texts"),
 ])
 def test_bad_input_is_one_line(run, task, given, line):
     with pytest.raises(dld.Failure) as problem:

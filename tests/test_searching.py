@@ -199,7 +199,8 @@ def test_a_dry_run_tries_two(tmp_path):
 
 def test_every_default_lies_in_its_space():
     fields = {field.name for field in dataclasses.fields(dld.Config)}
-    given = [{"task": task, "model": model} for task in dld.TASKS for model in
+    given = [{"task": task, "model": model, "data": "mine" if dld.TASKS[task].own else "auto"}
+             for task in dld.TASKS for model in
              [*dld.KINDS[dld.TASKS[task].kind].models, *(["resnet18"] if dld.TASKS[task].kind == "image" else [])]]
     assert {one["model"] for one in given} >= {*dld.SPACES, "resnet18"} - {""}
     for one in given:
@@ -220,7 +221,7 @@ REFUSED = [
     (["--search", "3", "--resume", "x"], "--resume and --search cannot be combined"),
     (["--search", "3", "--predict", "x", "--run", "y"], "--predict and --search cannot be combined"),
     (["--search", "3", "--folds", "3"], "--search and --folds cannot be combined"),
-    (["--storage", "sqlite:///x.db"], "--storage needs --search N"),
+    (["--storage", "sqlite:///x.db"], "--storage needs --search"),
     (["--search", "3", *QUICK, *ONE_LEFT, "--schedule", "cosine"], "nothing is left to vary; leave out one of --lr"),
     (["--search", "3", *QUICK, "--limit", "1"], "--limit 1 leaves no training sample of"),
     (["--search", "3", *QUICK, "--storage", "study.db"], "--storage study.db: "),
