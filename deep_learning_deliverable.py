@@ -1089,7 +1089,8 @@ def learn_texts(tokens: Tokens, rows: Tensor, config: Config) -> dict[str, Any]:
     counts = tokens.of(rows)[0].bincount(minlength=len(tokens.words))
     common = counts.argsort(descending=True, stable=True)[:config.vocabulary]
     known = [tokens.words[i] for i in common[counts[common] > 1].tolist() if tokens.words[i]]
-    return {"vocabulary": known, "max_tokens": config.max_tokens, "pairs": 2 ** min(18, (8 * (len(known) + 2)).bit_length())}
+    return {"vocabulary": known, "max_tokens": config.max_tokens,
+            "pairs": 2 ** min(18, (8 * (len(known) + 2)).bit_length())}
 
 
 class Texts:
@@ -5727,7 +5728,8 @@ def picture_facts(meta: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
              "put what is transparent on white", "convert to " + ("grey (0.299 R + 0.587 G + 0.114 B)" if channels == 1
                                                                  else "RGB"),
              f"cut the middle square out and resize it to {side} x {side}, bicubic with antialiasing (Pillow's "
-             "ImageOps.fit)"]
+             f"ImageOps.fit); a JPEG more than {2 * side} pixels large may first be decoded at 1/2, 1/4 or 1/8 of its "
+             "size (Pillow's draft)"]
     if meta["paper"]:
         steps.append("if the median of all pixels at its four edges is above 127, subtract every value from 255")
     steps.append("0 to 255 as they are, [channel, row, column]: the network itself normalises")

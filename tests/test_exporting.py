@@ -147,7 +147,7 @@ def test_metadata_is_enough_to_predict_a_picture_as_the_program_does(finished, e
         x = 255 - x if needs["light_on_dark"] else x
         x = torch.from_numpy(x.reshape(needs["side"], needs["side"], -1).transpose(2, 0, 1).copy())[None]
         model = ready(finished[task])
-        opened = model.kind.open(str(tmp_path / "picture.png"), model.meta)
+        (_, opened), = model.kind.open(str(tmp_path / "picture.png"), model.meta)
         shares = dld.FORMS["onnx"].open(exported[task, "onnx"])(x)
         torch.testing.assert_close(shares.double(), model.shares(model.pack([opened])), rtol=0, atol=1e-4)
 
