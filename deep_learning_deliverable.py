@@ -1705,7 +1705,7 @@ def list_samples(root: Path, endings: tuple[str, ...], what: str) -> tuple[list[
 
     def walk(folder: Path, label: str, part: str) -> None:
         for entry in visible(folder):
-            name = Path(entry.path).relative_to(root).as_posix()
+            name = entry.path[len(str(root)):].replace(os.sep, "/").lstrip("/")
             if entry.is_dir():
                 walk(Path(entry.path), label, part)
             elif not entry.name.lower().endswith(endings):
@@ -1807,15 +1807,16 @@ def map_pixels(path: Path, form: dict[str, Any], n: int) -> np.ndarray:
     return np.memmap(path, np.uint8, "r", shape=(n, form["channels"], form["side"], form["side"]))
 
 
-def decode_once(found: list[Found], form: dict[str, Any], kept: Path) -> tuple[np.ndarray, dict[int, str]]:
+def decode_once(found: list[Found], config: Config, kept: Path) -> tuple[np.ndarray, dict[int, str]]:
     """All readable pictures as one array, and the others; decoded once, then mapped from a file that remembers them."""
-    made_of = [VERSION, form, [(one.name, one.mark) for one in found]]
+    made_of = [VERSION, config.image_size, config.colour, [(one.name, one.mark) for one in found]]
     key, index = hashlib.sha256(json.dumps(made_of).encode()).hexdigest(), kept.with_suffix(".json")
-    with contextlib.suppress(UsageError, OSError, ValueError, KeyError, AttributeError):
+    with contextlib.suppress(UsageError, OSError, ValueError, KeyError, AttributeError, TypeError):
         known = read_json(index)
         broken = {int(i): why for i, why in known["broken"].items()}
         if known["key"] == key and kept.stat().st_size == known["size"]:
-            return map_pixels(kept, form, len(found) - len(broken)), broken
+            return map_pixels(kept, known["form"], len(found) - len(broken)), broken
+    form = picture_form(found, config)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
@@ -1827,7 +1828,7 @@ def decode_once(found: list[Found], form: dict[str, Any], kept: Path) -> tuple[n
             index.unlink(missing_ok=True)
             size = scratch.stat().st_size
             os.replace(scratch, kept)
-            write_json(index, {"key": key, "size": size, "broken": broken})
+            write_json(index, {"key": key, "size": size, "form": form, "broken": broken})
         finally:
             scratch.unlink(missing_ok=True)
         return map_pixels(kept, form, len(found) - len(broken)), broken
@@ -1847,9 +1848,9 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> Raw:
     found, skipped = list_samples(root, PICTURES, "pictures (" + ", ".join(PICTURES[:4]) + " ...)")
     class_names(root.resolve().name, found)
     listed = arrange(found, config)
-    form = picture_form(listed, config)
-    mark = hashlib.sha256(f"{root.resolve()} {form}".encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    pixels, broken = decode_once(listed, form, config.data_path / "decoded" / f"{root.resolve().name}-{mark}.pixels")
+    which = f"{root.resolve()} {config.image_size} {config.colour}"
+    mark = hashlib.sha256(which.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    pixels, broken = decode_once(listed, config, config.data_path / "decoded" / f"{root.resolve().name}-{mark}.pixels")
     if not len(pixels):
         raise DataError(f"{root}: none of the pictures can be read, for example {listed[0].name}: {broken[0]}")
     skipped += [(listed[i].name, why) for i, why in broken.items()]
@@ -4230,15 +4231,18 @@ KINDS = {
                  start_texts, text_seconds, write_text_weights, hint_texts)}
 
 
-def suit_pictures(samples: int, side: int) -> dict[str, Any]:
-    """Settings for the user's pictures, however many and large."""
-    return {"batch_size": max(16, min(128, samples // 20)), "epochs": max(8, min(60, 120_000 // samples)), "width": 32}
+def suit_pictures(recipe: dict[str, Any], samples: int, side: int) -> dict[str, Any]:
+    """A recipe for so many pictures of the user's: small sets need more passes, large pictures smaller batches."""
+    batch = recipe.get("batch_size", Config.batch_size) * 32**2 // max(32, side) ** 2
+    epochs = recipe["epochs"]
+    return {"batch_size": min(batch, max(16, samples // 20)), "epochs": min(5 * epochs, max(epochs, 90_000 // samples)),
+            **({"width": 32} if recipe is RECIPES["fast"] else {})}
 
 
-def suit_texts(samples: int, side: int) -> dict[str, Any]:
-    """Settings for the user's texts, however many."""
-    return {"batch_size": max(8, min(64, samples // 40)), "epochs": max(3, min(20, 40_000 // samples)),
-            "schedule": "cosine"}
+def suit_texts(recipe: dict[str, Any], samples: int, side: int) -> dict[str, Any]:
+    """A recipe for so many texts of the user's, none of them without labels."""
+    return {"batch_size": min(recipe["batch_size"], max(8, samples // 40)),
+            "epochs": max(recipe["epochs"], min(15, 30_000 // samples)), "schedule": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -4253,7 +4257,7 @@ class Task:
     augment: dict[str, Any] = dataclasses.field(default_factory=dict)
     paper: bool = False  # pictures are light on dark, but people will give dark on light
     own: Callable[[Config, Callable[[str], Any]], Raw] | None = None  # in place of `real`: the user's, from --data
-    suit: Callable[[int, int], dict[str, Any]] = lambda samples, side: {}  # settings for so many training samples
+    suit: Callable[[dict[str, Any], int, int], dict[str, Any]] = lambda recipe, samples, side: {}  # for such data
 
 
 TASKS = {
@@ -4412,9 +4416,12 @@ def take_over(model: nn.Module, config: Config, classes: list[str]) -> str:
     return f"{source}; " + ("all classes known" if known == classes else f"{shared} of {len(classes)} classes known")
 
 
-def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False, suited: dict[str, Any] | None = None,
-           ) -> Config:
-    """The task's defaults, overridden by a saved run, overridden by the flags given."""
+def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False,
+           size: tuple[int, int] | None = None) -> Config:
+    """The task's defaults, overridden by a saved run, overridden by the flags given.
+
+    They may depend on the data: whether it is a stand-in, how many training samples there are, how large they are.
+    """
     name = str({**saved, **given}.get("task", "cifar10"))
     if name not in TASKS:
         raise UsageError(f"--task {name}: choose from {', '.join(TASKS)}, all{nearest(name, [*TASKS, 'all'])}")
@@ -4432,7 +4439,8 @@ def settle(saved: dict[str, Any], given: dict[str, Any], stand_in: bool = False,
                          f"{flag_name(unlike[0])}")
     model = str({**known, **like}["model"])
     small = task.offline_defaults if stand_in and model == task.defaults["model"] else {}
-    defaults = {**RECIPES.get(model, RECIPES[""]), **task.defaults, **small, **(suited or {}), **like}
+    recipe = RECIPES.get(model, RECIPES[""])
+    defaults = {**recipe, **task.defaults, **small, **(task.suit(recipe, *size) if size else {}), **like}
     if old or known.get("pretrained"):  # what has been learnt must not be shaken off in the first steps
         defaults["lr"] = defaults.get("lr", Config.lr) * (0.3 if old else 0.1)
     config = Config(**{**defaults, **saved, **dry, **given})
@@ -6521,7 +6529,7 @@ def load_all(given: dict[str, Any], saved: dict[str, Any], log: Log, world: Worl
     runtime = start_runtime(config, world)
     raw = load_together(config, log, world)
     side = np.shape(raw.x[:1])[-1] if TASKS[config.task].kind == "image" else 0
-    config = settle(saved, given, bool(raw.slug), TASKS[config.task].suit(raw.n_train, side))
+    config = settle(saved, given, bool(raw.slug), (raw.n_train, side))
     data = settled_data(config, bool(raw.slug))
     return dataclasses.replace(config, data=data, precision=runtime.precision), runtime, raw
 

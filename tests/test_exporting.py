@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, dld
+from test_serving import CODE, JSON, PNG, ask, place, png, process
 
 TASKS = ("cifar10", "mnist", "sentiment")
 
@@ -57,17 +58,44 @@ def number(text, needs):
     return [known.get(word, needs["unknown"]) for word in words]
 
 
+@pytest.fixture(scope="module")
+def port(finished):
+    with process("-c", CODE, *finished.values()) as (_, number):
+        yield number
+
+
 @pytest.mark.parametrize("task", TASKS)
-def test_the_run_onnx_and_pt2_agree_on_the_same_100_inputs(finished, exported, task):
-    model = ready(finished[task])
-    samples = dld.trial_samples(model)
-    shares = model.shares(samples)
-    assert len(shares) == 100
+def test_command_server_onnx_and_pt2_agree_on_the_same_100_inputs(finished, exported, port, task, tmp_path):
+    run = finished[task]
+    model = ready(run)
+    trial = dld.trial_samples(model)
+    if task == "sentiment":
+        inputs = [trial.tokens.texts[row] for row in range(100)]
+        (tmp_path / "inputs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in inputs), "utf-8")
+        given, sent, kind = tmp_path / "inputs.jsonl", [json.dumps({"text": text}) for text in inputs], JSON
+        samples = model.pack(inputs)
+    else:
+        given, kind = tmp_path / "inputs", PNG
+        given.mkdir()
+        for row in range(100):
+            (given / f"{row:02}.png").write_bytes(png(trial.pixels[row].numpy()))
+        sent = [path.read_bytes() for path in sorted(given.iterdir())]
+        samples = model.pack([dld.read_picture(path, model.meta) for path in sorted(given.iterdir())])
+    shares = {}
+    assert dld.main(["--predict", str(given), "--run", str(run), "--output", str(tmp_path / "p.csv")]) == 0
+    with (tmp_path / "p.csv").open(encoding="utf-8") as file:
+        lines = [[float(line[f"p_{name}"]) for name in model.classes] for line in csv.DictReader(file)]
+    shares["command"] = torch.tensor(lines)
+    answers = [json.loads(ask(port, place(run), one, kind)[2])["probabilities"] for one in sent]
+    shares["server"] = torch.tensor([[answer[name] for name in model.classes] for answer in answers])
     for form in dld.FORMS:
         network = dld.FORMS[form].open(exported[task, form])
-        found = torch.cat([network(dld.prepared(samples, rows)) for rows in torch.arange(100).split([4, 1, 5, 2, 88])])
-        torch.testing.assert_close(found.double(), shares, rtol=0, atol=1e-4)
-        assert found.dtype == torch.float32
+        found = [network(dld.prepared(samples, rows)) for rows in torch.arange(100).split([4, 1, 5, 2, 88])]
+        shares[form] = torch.cat(found)
+        assert shares[form].dtype == torch.float32
+    for name, found in shares.items():
+        assert found.shape == (100, len(model.classes))
+        torch.testing.assert_close(found.double(), model.shares(samples), rtol=0, atol=1e-4, msg=name)
 
 
 def test_some_trial_pictures_get_other_views_and_some_do_not(finished):
