@@ -6,10 +6,12 @@
     python deep_learning_deliverable.py --task mnist                    an MLP on MNIST
     python deep_learning_deliverable.py --task sentiment                an LSTM with attention on IMDb reviews
     python deep_learning_deliverable.py --task all --data offline       all three on built-in data, and a comparison
+    python deep_learning_deliverable.py --task images --data my/photos  your own pictures, in a folder a class
+    python deep_learning_deliverable.py --task text --data reviews.csv  your own texts
     python deep_learning_deliverable.py --task mnist --search 20        settings that train better, by validation alone
     python deep_learning_deliverable.py --predict cat.png --run outputs/cifar10
-    python deep_learning_deliverable.py --export onnx --run outputs/cifar10
     python deep_learning_deliverable.py --serve --run outputs/cifar10   a web page to try it, and answers to programs
+    python deep_learning_deliverable.py --export onnx --run outputs/cifar10
     python deep_learning_deliverable.py --compare outputs/cifar10 outputs/cifar10-2
     python deep_learning_deliverable.py --resume outputs/cifar10 --epochs 30
 
@@ -1674,7 +1676,7 @@ def read_imdb(folder: Path, downloads: Downloads) -> Raw:
 PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
               "test": "test", "testing": "test"}
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-TEXT_COLUMNS = ("text", "review", "sentence", "content", "comment", "message", "body", "tweet", "document", "title")
+TEXT_COLUMNS = ("text", "review", "sentence", "content", "comment", "message", "body", "tweet", "document")
 LABEL_COLUMNS = ("label", "class", "target", "sentiment", "category", "rating", "stars", "score", "y")
 
 
@@ -1711,8 +1713,11 @@ def list_samples(root: Path, endings: tuple[str, ...], what: str) -> tuple[list[
             elif not entry.name.lower().endswith(endings):
                 skipped.append((name, f"its ending is not that of {what}"))
             else:
-                about = entry.stat()
-                found.append(Found(name, label, part, entry.path, f"{about.st_size} {about.st_mtime_ns}"))
+                try:
+                    about = entry.stat()
+                    found.append(Found(name, label, part, entry.path, f"{about.st_size} {about.st_mtime_ns}"))
+                except OSError as problem:  # a link that leads nowhere
+                    skipped.append((name, f"cannot be read ({problem.strerror})"))
 
     def folders_in(place: str | Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
         return [entry for entry in visible(Path(place)) if entry.is_dir()]
@@ -1807,7 +1812,7 @@ def map_pixels(path: Path, form: dict[str, Any], n: int) -> np.ndarray:
     return np.memmap(path, np.uint8, "r", shape=(n, form["channels"], form["side"], form["side"]))
 
 
-def decode_once(found: list[Found], config: Config, kept: Path) -> tuple[np.ndarray, dict[int, str]]:
+def decode_once(found: list[Found], config: Config, kept: Path, say: Callable[[str], Any]) -> tuple[np.ndarray, dict[int, str]]:
     """All readable pictures as one array, and the others; decoded once, then mapped from a file that remembers them."""
     made_of = [VERSION, config.image_size, config.colour, [(one.name, one.mark) for one in found]]
     key, index = hashlib.sha256(json.dumps(made_of).encode()).hexdigest(), kept.with_suffix(".json")
@@ -1817,6 +1822,7 @@ def decode_once(found: list[Found], config: Config, kept: Path) -> tuple[np.ndar
         if known["key"] == key and kept.stat().st_size == known["size"]:
             return map_pixels(kept, known["form"], len(found) - len(broken)), broken
     form = picture_form(found, config)
+    say(f"Decoding {len(found):,} pictures to {form['side']}x{form['side']}, once")
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         scratch = kept.with_name(f".{kept.name}.{os.getpid()}")
@@ -1850,7 +1856,8 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> Raw:
     listed = arrange(found, config)
     which = f"{root.resolve()} {config.image_size} {config.colour}"
     mark = hashlib.sha256(which.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    pixels, broken = decode_once(listed, config, config.data_path / "decoded" / f"{root.resolve().name}-{mark}.pixels")
+    kept = config.data_path / "decoded" / f"{root.resolve().name}-{mark}.pixels"
+    pixels, broken = decode_once(listed, config, kept, say)
     if not len(pixels):
         raise DataError(f"{root}: none of the pictures can be read, for example {listed[0].name}: {broken[0]}")
     skipped += [(listed[i].name, why) for i, why in broken.items()]
@@ -1866,36 +1873,44 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
         raise DataMissing(f"--data {path}: {problem.strerror}") from problem
     wide = blob.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = (blob.decode("utf-16", "replace") if wide else decode(blob.removeprefix(codecs.BOM_UTF8))).replace("\0", " ")
-    skipped: list[tuple[str, str]] = []
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+    json_lines = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
+    rows, skipped = read_objects(text) if json_lines else (read_cells(text, path.suffix.lower() == ".tsv"), [])
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    return rows, skipped
+
+
+def read_objects(text: str) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """JSON objects, one a line or all in one array; and the lines that are none."""
+    found: list[tuple[int, Any]] = []
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = list(enumerate(json.loads(text), 1))
+    for number, line in enumerate(() if found else text.splitlines(), 1):
+        if line.strip():
             try:
-                row = json.loads(line) if line.strip() else None
+                found.append((number, json.loads(line)))
             except (ValueError, RecursionError):
-                row = ()
-            if isinstance(row, dict):
-                rows.append({str(key): value for key, value in row.items()} | {LINE: number})
-            elif row is not None:
-                skipped.append((f"line {number}", "not a JSON object"))
-        if not rows:
-            raise DataError(f"{path} holds no rows")
-        return rows, skipped
+                found.append((number, None))
+    return ([{str(key): value for key, value in row.items()} | {LINE: number} for number, row in found
+             if isinstance(row, dict)],
+            [(f"line {number}", "not a JSON object") for number, row in found if not isinstance(row, dict)])
+
+
+def read_cells(text: str, tabs: bool) -> list[dict[str, Any]]:
+    """Lines of cells, under the names in the first line, or numbered if that is like the others."""
     csv.field_size_limit(2**31 - 1)
     first = text.partition("\n")[0]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t|", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else max(",;\t|", key=first.count))
     lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
     head = [cell.strip() for cell in lines[0][1]] if lines else []
     known = {name.lower() for name in head} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
     repeated = any(cells[i] == cell for _, cells in lines[1:1000] for i, cell in enumerate(head) if i < len(cells))
-    if not known and (repeated or max(map(len, head), default=0) > 60):  # the first line is data, like the others
+    if not known and (repeated or max(map(len, head), default=0) > 60):
         head = [f"{i}" for i in range(1, len(head) + 1)]
     else:
         del lines[:1]
-    if not lines:
-        raise DataError(f"{path} holds no rows")
-    return [dict(zip(head, cells, strict=False)) | {LINE: number} for number, cells in lines], skipped
+    return [dict(zip(head, cells, strict=False)) | {LINE: number} for number, cells in lines]
 
 
 LINE = "\0line"  # the key under which a row keeps where it stood; no column can have this name
@@ -1909,7 +1924,6 @@ def find_columns(rows: list[dict[str, Any]], path: Path, text: str, label: str,
         if name and name not in columns:
             raise UsageError(f"{flag} {name}: {path} has no such column{nearest(name, columns)}; it has "
                              + textwrap.shorten(", ".join(columns), 200, placeholder=" ..."))
-    usual = {name.lower(): name for name in reversed(columns)}
     some = rows[:2000]
 
     def length(name: str) -> float:
@@ -1918,10 +1932,16 @@ def find_columns(rows: list[dict[str, Any]], path: Path, text: str, label: str,
     def variety(name: str) -> int:
         return len({str(row.get(name)) for row in some})
 
-    label = label or next((usual[name] for name in LABEL_COLUMNS if name in usual and usual[name] != text), "")
+    def called(usual: tuple[str, ...], among: list[str]) -> list[str]:
+        exactly = [name for one in usual for name in among if name.lower() == one]
+        return exactly[:1] or [name for name in among if {*usual} & {*re.split(r"[\W_]+", name.lower())}]
+
     others = [name for name in columns if name not in (text, label)]
-    text = text or next((usual[name] for name in TEXT_COLUMNS if usual.get(name) in others), "")
-    text = text or max(others, key=length, default="")
+    label = label or min(called(LABEL_COLUMNS, others), key=variety, default="")
+    others = [name for name in others if name != label]
+    longest = max(others, key=length, default="")
+    text = text or max((name for name in called(TEXT_COLUMNS, others) if 5 * length(name) > length(longest)),
+                       key=length, default=longest)
     label = label or min((name for name in others if name != text and variety(name) > 1), key=variety, default="")
     if not text or (labelled and not label):
         raise DataError(f"{path}: no column with {'classes' if text else 'texts'} was found; name it with "
@@ -1929,10 +1949,12 @@ def find_columns(rows: list[dict[str, Any]], path: Path, text: str, label: str,
     return text, label
 
 
-def list_rows(path: Path, config: Config) -> tuple[list[Found], list[tuple[str, str]]]:
+def list_rows(path: Path, config: Config,
+              say: Callable[[str], Any]) -> tuple[list[Found], list[tuple[str, str]]]:
     """The samples of a table, each named by its line; and what is none."""
     rows, skipped = read_rows(path)
     text, label = find_columns(rows, path, config.text_column, config.label_column)
+    say(f"Columns {text} (the text) and {label} (the class) of {path.name}")
     split = next((name for name in rows[0] if name.lower() in ("split", "part", "subset")), "")
     if {str(row.get(split)).strip().lower() for row in rows} - {*PART_NAMES}:
         split = ""  # it means something else
@@ -1965,7 +1987,7 @@ def read_table(config: Config, say: Callable[[str], Any]) -> Raw:
         skipped += [(one.name, "no text in it") for one in found if not one.content.strip()]
         found = [one for one in found if one.content.strip()]
     else:
-        found, skipped = list_rows(path, config)
+        found, skipped = list_rows(path, config, say)
     if not found:
         raise DataError(f"{path}: none of the {len(skipped):,} samples can be used; the first: {skipped[0][1]}")
     listed = arrange(found, config)
@@ -4242,7 +4264,7 @@ def suit_pictures(recipe: dict[str, Any], samples: int, side: int) -> dict[str, 
 def suit_texts(recipe: dict[str, Any], samples: int, side: int) -> dict[str, Any]:
     """A recipe for so many texts of the user's, none of them without labels."""
     return {"batch_size": min(recipe["batch_size"], max(8, samples // 40)),
-            "epochs": max(recipe["epochs"], min(15, 30_000 // samples)), "schedule": "cosine"}
+            "epochs": max(recipe["epochs"], min(15, 12_000 // samples)), "schedule": "cosine"}
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,10 @@ def test_tables_of_many_kinds_give_the_same_texts_and_classes(tmp_path):
     table(tmp_path / "e.csv", [row[1:] for row in REVIEWS], head=None)
     (tmp_path / "f.jsonl").write_text("\n".join(json.dumps({"body": t, "label": s}) for _, t, s in REVIEWS), "utf-8")
     table(tmp_path / "g.csv", REVIEWS, head=("n", "Was man sah", "Urteil"))
-    for name in ("b.tsv", "c.csv", "d.csv", "e.csv", "f.jsonl", "g.csv"):
+    (tmp_path / "h.json").write_text(json.dumps([{"text": t, "label": s} for _, t, s in REVIEWS]), "utf-8")
+    table(tmp_path / "i.csv", [(f"no. {i}", t, "x", s) for i, t, s in REVIEWS], head=("title", "review_text", "text_id",
+                                                                                       "stars"))
+    for name in ("b.tsv", "c.csv", "d.csv", "e.csv", "f.jsonl", "g.csv", "h.json", "i.csv"):
         other = read("text", tmp_path / name, tmp_path)
         assert sorted(zip(other.x, other.y.tolist(), strict=True)) == as_pairs, name
 
