@@ -1812,7 +1812,8 @@ def map_pixels(path: Path, form: dict[str, Any], n: int) -> np.ndarray:
     return np.memmap(path, np.uint8, "r", shape=(n, form["channels"], form["side"], form["side"]))
 
 
-def decode_once(found: list[Found], config: Config, kept: Path, say: Callable[[str], Any]) -> tuple[np.ndarray, dict[int, str]]:
+def decode_once(found: list[Found], config: Config, kept: Path,
+                say: Callable[[str], Any]) -> tuple[np.ndarray, dict[int, str]]:
     """All readable pictures as one array, and the others; decoded once, then mapped from a file that remembers them."""
     made_of = [VERSION, config.image_size, config.colour, [(one.name, one.mark) for one in found]]
     key, index = hashlib.sha256(json.dumps(made_of).encode()).hexdigest(), kept.with_suffix(".json")
