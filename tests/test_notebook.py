@@ -18,7 +18,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPT, dld, metrics_of
+from conftest import ROOT, SCRIPT, dld, metrics_of
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -34,38 +34,7 @@ def run(finished):
 
 # -- in a kernel ------------------------------------------------------------------------------------------------------
 
-README = """```python
-!python deep_learning_deliverable.py --task mnist
-```
-
-```python
-%run deep_learning_deliverable.py --task mnist
-```
-
-```python
-import deep_learning_deliverable as dld
-run = dld.train("mnist", epochs=3)
-run
-```
-
-```python
-run.figures["training_curves"]
-```
-
-```python
-run.report
-```
-
-```python
-import numpy as np
-run.predict(np.zeros((28, 28), np.uint8), explain=True)
-```
-
-```python
-run = dld.load("outputs/mnist")
-run.metrics["test_accuracy"]
-```
-"""
+README = re.search(r"## In Colab and notebooks\n(.*?)\n## ", (ROOT / "README.md").read_text("utf-8"), re.S)[1]
 CHECKS = {  # name -> cell
     "wrong flag": "%run deep_learning_deliverable.py --task mnist --epochs 0",
     "wrong keyword": "dld.train('mnist', epoch=3)",
