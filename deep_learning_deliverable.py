@@ -165,10 +165,16 @@ class DataMissing(DataError):
     """The data is not there and could not be fetched; `--data auto` may fall back to the stand-in."""
 
 
+def quoted(path: Path) -> str:
+    """A path to paste into any shell."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
 def require(asking: str, *packages: str) -> None:
     """Optional packages, or one line that names the `pip install` of all of them."""
     if missing := [name for name in packages if not importlib.util.find_spec(name)]:
-        raise UsageError(f"{asking} needs the package {missing[0]}; try: pip install {' '.join(packages)}")
+        python = quoted(Path(sys.orig_argv[0]))  # another Python's pip would install elsewhere
+        raise UsageError(f"{asking} needs the package {missing[0]}; try: {python} -m pip install {' '.join(packages)}")
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -679,6 +685,7 @@ class Raw:
     n_val: int = 0  # the last of the training rows, which somebody chose for validation
     names: Sequence[str] = ()  # of each row, in the user's own data: its file, or its line
     skipped: Sequence[tuple[str, str]] = ()  # what could not be used, and why
+    column: str = ""  # of the user's table, which held the texts
 
 
 @dataclass
@@ -1951,8 +1958,8 @@ def find_columns(rows: list[dict[str, Any]], path: Path, text: str, label: str,
 
 
 def list_rows(path: Path, config: Config,
-              say: Callable[[str], Any]) -> tuple[list[Found], list[tuple[str, str]]]:
-    """The samples of a table, each named by its line; and what is none."""
+              say: Callable[[str], Any]) -> tuple[list[Found], list[tuple[str, str]], str]:
+    """The samples of a table, each named by its line; what is none; and the column that held the texts."""
     rows, skipped = read_rows(path)
     text, label = find_columns(rows, path, config.text_column, config.label_column)
     say(f"Columns {text} (the text) and {label} (the class) of {path.name}")
@@ -1973,7 +1980,7 @@ def list_rows(path: Path, config: Config,
     if kinds > max(50, len(found) // 4) or kinds > 2000:
         raise UsageError(f"{path}: the column {label} has {kinds:,} different values in {len(found):,} rows; is it the "
                          "class? Name another with --label-column")
-    return found, skipped
+    return found, skipped, text
 
 
 def read_table(config: Config, say: Callable[[str], Any]) -> Raw:
@@ -1981,19 +1988,22 @@ def read_table(config: Config, say: Callable[[str], Any]) -> Raw:
     path = Path(config.data).expanduser()
     if not path.exists():
         raise DataMissing(f"--data {path}: no such file or folder")
+    column = ""
     if path.is_dir():
         found, skipped = list_samples(path, (".txt",), "texts (.txt)")
+        if sum(name.lower().endswith(PICTURES) for name, _ in skipped) > len(found):
+            raise UsageError(f"--data {path}: mostly pictures; try --task images")
         for one in found:
             one.content = read_text(one.content)
         skipped += [(one.name, "no text in it") for one in found if not one.content.strip()]
         found = [one for one in found if one.content.strip()]
     else:
-        found, skipped = list_rows(path, config, say)
+        found, skipped, column = list_rows(path, config, say)
     if not found:
         raise DataError(f"{path}: none of the {len(skipped):,} samples can be used; the first: {skipped[0][1]}")
     listed = arrange(found, config)
     texts = [one.content.replace("\0", " ") for one in listed]
-    raw = own_raw(path.resolve().stem, texts, listed, skipped)
+    raw = dataclasses.replace(own_raw(path.resolve().stem, texts, listed, skipped), column=column)
     if sum(map(len, texts)) > 5_000_000:  # cutting takes seconds
         key = hashlib.sha256("\0".join([VERSION, WORD, *texts]).encode("utf-8", "surrogatepass")).hexdigest()
         with contextlib.suppress(OSError):
@@ -2045,14 +2055,15 @@ def open_texts(argument: Any, meta: dict[str, Any]) -> Iterator[tuple[str, Any]]
         yield from ((str(path), read_text(str(path))) for path in sorted(place.rglob("*.txt")))
     elif kind and place.suffix.lower() in (".csv", ".tsv", ".jsonl", ".ndjson", ".json"):
         rows, broken = read_rows(place)
-        column = find_columns(rows, place, meta.get("text_column", ""), "", labelled=False)[0]
+        column = meta["text_column"] if meta["text_column"] in rows[0] else ""  # as in training, if it is there
+        column = find_columns(rows, place, meta.get("column_asked_for") or column, "", labelled=False)[0]
         for row in rows:
             text = row.get(column)
             yield f"line {row[LINE]}", text if isinstance(text, str) and text.strip() else Unreadable("no text")
         yield from ((name, Unreadable(why)) for name, why in broken)
     elif kind:
         blob = place.read_bytes()
-        if b"\0" in blob:
+        if b"\0" in blob or place.suffix.lower() in PICTURES:
             raise UsageError(f"--predict {argument}: not a text file; this run's model reads texts")
         yield from ((line, line) for line in decode(blob.removeprefix(codecs.BOM_UTF8)).splitlines() if line.strip())
     elif re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
@@ -3123,7 +3134,7 @@ def measure_drift(reference: dict[str, list[float]], now: dict[str, Tensor]) -> 
     from scipy.stats import ks_2samp
     found = []
     for name, before in reference.items():
-        test = ks_2samp(before, now[name].numpy())
+        test = ks_2samp(before, now[name].numpy(), method="asymp")
         p = min(1.0, float(test.pvalue) * len(reference))
         found.append({"statistic": name, "distance": float(test.statistic), "p": p, "median": float(now[name].median()),
                       "before": float(np.median(before)), "drifted": p < 0.01 and test.statistic > 0.1})
@@ -4545,6 +4556,7 @@ def build_data(raw: Raw, config: Config, parts: dict[str, Tensor] | None = None)
     raw.packed = packed = kind.pack(raw.x) if raw.packed is None else raw.packed
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name, "stand_in": bool(raw.slug),
             "classes": raw.classes, "model": config.model, "dropout": config.dropout, "paper": task.paper,
+            "text_column": raw.column,
             **inherit(kind.learn(packed, parts["train"], config), config), "width": config.width, "views": config.views,
             "augment": {key: value for key, value in task.augment.items() if config.augment and (
                 config.flip or key != "flip")}}
@@ -4766,11 +4778,6 @@ def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
         raise Failure(f"cannot write {wanted}: {problem.strerror}; try another --output-dir") from problem
 
 
-def quoted(path: Path) -> str:
-    """A path to paste into any shell."""
-    return f'"{path}"' if " " in str(path) else str(path)
-
-
 def this_command() -> str:
     """How this program is started from here, for the commands that it proposes."""
     script = Path(Path(__file__).name)
@@ -4788,11 +4795,11 @@ def place_model(model: nn.Module, runtime: Runtime) -> nn.Module:
     return model.to(memory_format=fast_layout(runtime.device)).to(runtime.device)
 
 
-def check_run(run: Path) -> None:
+def check_run(run: Path, flag: str = "--run") -> None:
     """Refuse what is no folder, naming those that are."""
     if not run.is_dir():
-        others = sorted(str(path.parent) for path in run.parent.glob("*/model.pt"))
-        raise UsageError(f"--run {run}: no such folder" + (f"; there are {', '.join(others)}" if others else ""))
+        others = sorted(str(path.parent) for path in run.parent.glob("*/config.json"))
+        raise UsageError(f"{flag} {run}: no such folder" + (f"; there are {', '.join(others)}" if others else ""))
 
 
 def load_model(run: Path, runtime: Runtime) -> tuple[nn.Module, dict[str, Any]]:
@@ -4890,7 +4897,8 @@ def write_tables(folder: Path, found: Findings) -> None:
     write_csv(folder / "faults.csv", ["fault", "part", "row", "label", "other_row", "other_class", "value",
                                       *(column for name in named for column in (name, f"other_{name}"))],
               [[f.kind, f.part, f.row, classes[f.label], f.other if "repeat" in f.kind else "",
-                classes[f.other] if f.kind == "suspect label" else "", f"{f.value:.4f}",
+                classes[f.other if f.kind == "suspect label" else int(found.data.labels[f.other])]
+                if f.kind != "empty" else "", f"{f.value:.4f}",
                 *(column for _ in named for column in (names[f.row], names[f.other] if "repeat" in f.kind else ""))]
                for f in found.faults])
     text = classification_report(found.y, found.predicted, labels=list(range(len(classes))), target_names=classes,
@@ -4920,7 +4928,7 @@ def write_figures(folder: Path, model: nn.Module, found: Findings) -> None:
                           f"{title}\nits surest mistakes: {len(surest)} of {len(found.mistakes):,}")
     some = torch.cat((found.blindly(few, seed=2), found.mistakes[:worst]))
     shown = f"{min(few, len(y))} test samples at random" + (
-        f", then the {len(found.mistakes[:worst])} surest mistakes" if len(found.mistakes) else "")
+        f", then the surest {count(len(found.mistakes[:worst]), 'mistake')}" if len(found.mistakes) else "")
     x, device = data.samples.batch(found.rows[some]), next(model.parameters()).device
     labels = [side[some].to(device) for side in (found.predicted, y)]
     names = [[found.classes[k] for k in dict.fromkeys(pair)] for pair in torch.stack(labels, 1).tolist()]
@@ -5085,8 +5093,8 @@ def say_faults(m: dict[str, Any], found: Findings) -> list[str]:
     repeats = m["train_repeats"] + m["test_own_repeats"] + m["test_repeats"]
     said.append("Exact repeats: none." if not repeats else
                 f"Exact repeats: {m['train_repeats']:,} within the training part, {m['test_own_repeats']:,} within the "
-                f"test part, {m['test_repeats']:,} test samples that stand in the training part too; "
-                f"{m['repeats_with_other_label']:,} of all these carry another label than the sample they repeat.")
+                f"test part, {m['test_repeats']:,} in the test part of training samples. Under another label than the "
+                f"sample they repeat: {m['repeats_with_other_label']:,}.")
     if m["test_accuracy_without_repeats"] is None:
         said.append("Every test sample stands in the training part too: the test accuracy says nothing about new ones.")
     elif m["test_repeats"]:
@@ -5384,8 +5392,7 @@ COMPARED = {  # column of comparison.csv -> how a person reads it
 
 def read_run(run: Path) -> tuple[dict[str, Any], np.ndarray, list[dict[str, float]]]:
     """A finished run's metrics, which of its test samples were right, and its history."""
-    if not run.is_dir():
-        raise UsageError(f"--compare {run}: no such folder")
+    check_run(run, "--compare")
     metrics = read_json(run / "metrics.json")
     try:
         if metrics.get("status") != "finished":
@@ -5518,15 +5525,16 @@ def say_prediction(ready: Predictor, samples: Images | Texts, row: int, name: st
     return f"{first:20} {'(' + ', '.join(others) + ')':34} {shown or '(empty)'}" + (f"\n{'':20} {hint}" if hint else "")
 
 
-def draw_reasons(ready: Predictor, samples: Images | Texts, shares: Tensor, said: list[str],
+def draw_reasons(ready: Predictor, samples: Images | Texts, shares: Tensor, rows: Tensor, said: list[str],
                  beside: Path) -> list[Path]:
     """The explanations of some predictions, captioned by what is said of them, as figures and pages beside a file."""
-    kind, rows, written = ready.kind, torch.arange(len(said)), list[Path]()
+    kind, written = ready.kind, list[Path]()
     labels = shares[rows].argmax(1)
     for name, maps in kind.explain(ready.model, samples.batch(rows), labels.to(ready.runtime.device)).items():
         method, what = EXPLANATIONS[name]
         drawn = kind.dress(samples, rows, [[ready.classes[i]] for i in labels.tolist()], maps[None])
-        heading = f"{ready.run.name} · {ready.meta['model']}\n{method}: {what}"
+        which = f"\n{len(rows)} of the first {len(samples):,} inputs" if len(rows) < len(samples) else ""
+        heading = f"{ready.run.name} · {ready.meta['model']}\n{method}: {what}{which}"
         for write, ending in ((kind.plot_maps, ".png"), (kind.page, ".html")):
             if write:
                 written.append(beside.with_name(f"{beside.stem}-{name}{ending}"))
@@ -5547,10 +5555,11 @@ def predict_table(arguments: list[str], survey: Survey, output: Path, explain: b
                 table.writerows([name, classes[int(share.argmax())], *(f"{p:.6f}" for p in (share.max(), *share)), ""]
                                 for name, share in zip(names, shares, strict=True))
                 if explain and not drawn:
-                    said = [f"{Path(name).name[-22:]}\n" * isinstance(samples, Images)
-                            + f"{classes[int(share.argmax())]} {share.max():.0%}"
-                            for name, share in zip(names[:survey.ready.kind.shown[0]], shares, strict=False)]
-                    drawn.extend(draw_reasons(survey.ready, samples, shares, said, output))
+                    most = sum(survey.ready.kind.shown[1:])  # as many as in a report, spread over what comes first
+                    rows = torch.linspace(0, len(names) - 1, min(most, len(names))).round().long()
+                    said = [f"{Path(names[i]).name[-22:]}\n" * isinstance(samples, Images)
+                            + f"{classes[int(shares[i].argmax())]} {shares[i].max():.0%}" for i in rows.tolist()]
+                    drawn.extend(draw_reasons(survey.ready, samples, shares, rows, said, output))
             table.writerows([name, "", "", *("" for _ in classes), why] for name, why in survey.problems)
 
     try:
@@ -5570,7 +5579,7 @@ def predict(arguments: list[str], run: Path, given: dict[str, Any], log: Log, ou
     if explain and not output:
         raise UsageError("--explain needs --output FILE.csv: its figures are put beside that")
     ready = Predictor(run, start_runtime(Config(**{"precision": "fp32", **given})))
-    ready.meta["text_column"] = given.get("text_column", "")
+    ready.meta["column_asked_for"] = given.get("text_column", "")
     survey, written = Survey(ready), list[Path]()
     if output:
         written = predict_table(arguments, survey, output, explain)
@@ -7218,7 +7227,10 @@ def train_all(given: dict[str, Any], log: Log) -> None:
 
 def resume(run: Path, given: dict[str, Any], log: Log) -> None:
     """Continue an unfinished run, or a finished one for more epochs, in its own folder."""
-    saved = read_config(run / "config.json") if join_world().leader else {}  # other machines may not have the folder
+    leader = join_world().leader
+    if leader:  # other machines may not have the folder
+        check_run(run, "--resume")
+    saved = read_config(run / "config.json") if leader else {}
     for key in given:
         if key not in MAY_CHANGE:
             raise UsageError(f"--resume: {flag_name(key)} would change the past; "
@@ -7237,6 +7249,7 @@ def resume(run: Path, given: dict[str, Any], log: Log) -> None:
 
 def evaluate(run: Path, given: dict[str, Any], log: Log) -> None:
     """Measure a saved run again and say whether the numbers are the same."""
+    check_run(run)
     if unfit := set(given) - {"device", "data_dir", "data"}:
         raise UsageError(f"--evaluate takes its settings from the run; leave out {flag_name(min(unfit))}")
     saved = read_config(run / "config.json")
@@ -7408,7 +7421,7 @@ def judge(ready: Predictor, inputs: Sequence[Any], explain: bool) -> Predictions
     if explain:
         said = [f"{one.label} {one.confidence:.0%}" for one in each]
         with tempfile.TemporaryDirectory() as scratch:
-            for path in draw_reasons(ready, samples, shares, said, Path(scratch) / "why"):
+            for path in draw_reasons(ready, samples, shares, torch.arange(len(each)), said, Path(scratch) / "why"):
                 if path.suffix == ".png":
                     name = path.stem.removeprefix("why-")
                     reasons[name] = Picture(name, path.read_bytes())
@@ -7543,7 +7556,7 @@ def build_parser() -> Parser:
     again.add_argument("--predict", nargs="+", metavar="INPUT",
                        help="pictures, sentences, files of lines, tables, or folders of them")
     again.add_argument("--output", type=Path, metavar="FILE", help="where --predict puts its table, in CSV")
-    again.add_argument("--explain", action="store_true", help="with --output: figures of why, for the first inputs")
+    again.add_argument("--explain", action="store_true", help="with --output: figures of why, for some of the inputs")
     again.add_argument("--evaluate", action="store_true", help="measure --run again on its test data")
     again.add_argument("--serve", action="store_true", help="answer requests with --run, and show a page to try it")
     again.add_argument("--port", type=int, help="of --serve; 0: any that is free (default: 8000)")

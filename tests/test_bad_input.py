@@ -115,7 +115,7 @@ FLAGS = [
     ("own texts that are not named", ["--task", "text", "--data", "auto"], "give --data FOLDER or --data FILE.csv"),
     ("own data for another task", ["--data", "my/pictures"], "your own data needs --task images or --task text"),
     ("classes weighed oddly", ["--class-weights", "yes"], "--class-weights yes: choose from none, balanced"),
-    ("resuming nothing", ["--resume", "nowhere"], "cannot read nowhere"),
+    ("resuming nothing", ["--resume", "nowhere"], "--resume nowhere: no such folder"),
     ("settings from nowhere", ["--config", "nowhere.json"], "cannot read nowhere.json"),
 ]
 

@@ -310,6 +310,16 @@ def test_rows_of_a_table_are_predicted(own, tmp_path, monkeypatch):
     assert len(lines) == 251 and lines["line 252"]["problem"] == "no text" and lines["line 2"]["predicted"]
 
 
+def test_a_table_to_predict_is_read_by_the_column_of_the_training_unless_another_is_named(own, tmp_path):
+    meta = dld.load_file(own / "outputs/text-reviews/model.pt")["meta"]
+    path = table(tmp_path / "new.csv", [("t", "a good film", "a note that is much longer than the text")],
+                 head=("text", "review", "note"))
+    assert list(dld.open_texts(str(path), meta)) == [("line 2", "a good film")]
+    assert next(dld.open_texts(str(path), meta | {"column_asked_for": "note"}))[1].startswith("a note")
+    other = table(tmp_path / "other.csv", [("t", "a bad film")], head=("id", "words"))
+    assert list(dld.open_texts(str(other), meta)) == [("line 2", "a bad film")]
+
+
 def test_drift_is_silent_on_the_other_half_and_fires_on_inverted_pictures_and_other_languages(own):
     drifted = 0
     samples = dld.Images(torch.from_numpy(dld.make_shapes(600, 400).x), {"mean": [0.5] * 3, "deviation": [0.2] * 3,
