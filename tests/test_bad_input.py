@@ -367,7 +367,7 @@ RUNS = [
     ("an unfinished run to compare", "mnist", unfinished, ["--compare", "run", "."], "this run has not finished"),
     ("a run to compare without predictions", "mnist", lambda r: (r / "predictions.csv").unlink(),
      ["--compare", "run", "."], "not a run folder of this version"),
-    ("a file for a run", "mnist", lambda r: None, ["--resume", "run/log.txt"], "cannot read run/log.txt/config.json"),
+    ("a file for a run", "mnist", lambda r: None, ["--resume", "run/log.txt"], "--resume run/log.txt: no such folder"),
     ("a finished run", "mnist", lambda r: None, ["--resume", "run"], "has finished its 2 epochs; give more --epochs"),
     ("fewer epochs than done", "mnist", lambda r: None, ["--resume", "run", "--epochs", "1"], "give more --epochs"),
     ("another past", "mnist", lambda r: None, ["--resume", "run", "--lr", "1"], "--lr would change the past"),
