@@ -5172,10 +5172,11 @@ def report_errors(folder: Path, found: Findings) -> str:
     parts = []
     for name, (names, group) in slices.items():
         rows, p = group_accuracy(found.right, group, names)
-        parts += [html_table(f"By {name}", ["group", "samples", "accuracy", "95% interval"],
-                             [[r["group"], f"{r['samples']:,}", f"{r['accuracy']:.1%}",
-                               "{:.1%} to {:.1%}".format(*r["interval"])] for r in rows]),
-                  html_text(say_groups(name, rows, p, len(slices)))]
+        if len(rows) > 1:
+            parts.append(html_table(f"By {name}", ["group", "samples", "accuracy", "95% interval"],
+                                    [[r["group"], f"{r['samples']:,}", f"{r['accuracy']:.1%}",
+                                      "{:.1%} to {:.1%}".format(*r["interval"])] for r in rows]))
+        parts.append(html_text(say_groups(name, rows, p, len(slices))))
     sure = [[f"at least {r['least']:.0%} sure", f"{r['share']:.1%}", f"{r['accuracy']:.1%}",
              "{:.1%} to {:.1%}".format(*r["interval"])] for r in coverage(found.confidence, found.right)]
     worst = [f"{found.classes[found.predicted[i]]} {found.confidence[i]:.0%} (true: {found.classes[found.y[i]]})"
