@@ -47,7 +47,6 @@ import array
 import asyncio
 import base64
 import codecs
-import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -5951,7 +5950,7 @@ class Desk:
         self.ready, self.tally, self.limits = ready, tally, limits
         self.name = ready.run.resolve().name
         self.takes = f"{self.name} takes {ready.kind.request}"
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1)
         self.waiting: list[Question] = []
         self.working: asyncio.Task[None] | None = None
 
@@ -6035,7 +6034,7 @@ class Server:
     def __init__(self, ready: Sequence[Predictor], log: Log, limits: Limits) -> None:
         self.log, self.limits, self.tally, self.inside = log, limits, Tally(), 0
         self.desks = {desk.name: desk for desk in (Desk(each, self.tally, limits) for each in ready)}
-        self.readers = concurrent.futures.ThreadPoolExecutor(2)
+        self.readers = ThreadPoolExecutor(2)
 
     def find(self, name: str | None) -> Desk:
         """The desk of this name; without a name, the only one."""
