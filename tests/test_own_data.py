@@ -328,7 +328,9 @@ def test_drift_is_silent_on_the_other_half_and_fires_on_inverted_pictures_and_ot
         order = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
         reference = dld.remember(samples.statistics(order[:500]))
         drifted += any(row["drifted"] for row in dld.measure_drift(reference, samples.statistics(order[500:])))
-    assert drifted <= 2, "one in a hundred is promised"
+        few = samples.statistics(order[500:540])  # which lie a tenth elsewhere by chance alone
+        drifted += any(row["drifted"] for row in dld.measure_drift(reference, few))
+    assert drifted <= 3, "one in a hundred is promised"
 
     def look(run, arguments):
         survey = dld.Survey(dld.Predictor(run, dld.start_runtime(dld.Config(**OWN))))
