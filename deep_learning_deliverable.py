@@ -3672,15 +3672,20 @@ def tint_map(strength: np.ndarray) -> np.ndarray:
     return layer
 
 
+def encode_png(picture: np.ndarray) -> bytes:
+    """A picture [H, W] or [H, W, 3] as a file's content."""
+    from PIL import Image
+    Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
 def draw_overlay(picture: np.ndarray, strength: np.ndarray) -> bytes:
     """A PNG of a picture under a map, each pixel large enough to be seen."""
     from PIL import Image
     size = (picture.shape[1] * max(1, 256 // picture.shape[1]), picture.shape[0] * max(1, 256 // picture.shape[0]))
     below = Image.fromarray(picture).convert("RGBA").resize(size, Image.Resampling.NEAREST)
     above = Image.fromarray((255 * tint_map(strength)).astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    file = io.BytesIO()
-    Image.alpha_composite(below, above).convert("RGB").save(file, "PNG")
-    return file.getvalue()
+    return encode_png(np.asarray(Image.alpha_composite(below, above).convert("RGB")))
 
 
 def plot_image_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict | Caption],
@@ -4107,6 +4112,7 @@ def write_text_weights(texts: list[str], verdicts: Sequence[Verdict | Caption], 
 class Kind:
     """What samples are, and so how they are packed, read, explained and drawn."""
 
+    noun: str
     example: str  # of a --predict argument
     examined: int  # how many test samples' explanations are put to the test
     examining: int  # how many predictions take as long as one such test
@@ -4254,12 +4260,12 @@ def hint_texts(model: nn.Module, samples: Texts, row: int) -> str:
 
 
 KINDS = {
-    "image": Kind("PICTURE.png", 100, 80, (24, 12, 4), pack_images, learn_images, Images, open_images,
+    "image": Kind("pictures", "PICTURE.png", 100, 80, (24, 12, 4), pack_images, learn_images, Images, open_images,
                   IMAGE_MODELS, explain_images, dress_images, plot_image_samples, plot_image_maps, pixel_yardstick,
                   'a picture: its file with "Content-Type: image/png" (or alike), or JSON: {"image": "its base64"}',
                   receive_image, tell_images, aside=picture_seconds),
-    "text": Kind('"a wonderful film, though a little long"', 50, 300, (12, 4, 2), pack_texts, learn_texts, Texts,
-                 open_texts, TEXT_MODELS, explain_texts, dress_texts, plot_text_samples, plot_text_weights,
+    "text": Kind("texts", '"a wonderful film, though a little long"', 50, 300, (12, 4, 2), pack_texts, learn_texts,
+                 Texts, open_texts, TEXT_MODELS, explain_texts, dress_texts, plot_text_samples, plot_text_weights,
                  phrase_yardstick, 'a text as JSON: {"text": "a wonderful film"}', receive_text, tell_texts,
                  start_texts, text_seconds, write_text_weights, hint_texts)}
 
@@ -4387,9 +4393,8 @@ def load_ancestor(init: str, kind: str) -> dict[str, Any]:
     except UsageError as problem:
         raise UsageError(f"--init {run}: {problem}") from problem
     if saved["meta"]["kind"] != kind:
-        names = {"image": "pictures", "text": "texts"}
-        raise UsageError(f"--init {run}: its network reads {names[saved['meta']['kind']]}, and this task has "
-                         f"{names[kind]}")
+        raise UsageError(f"--init {run}: its network reads {KINDS[saved['meta']['kind']].noun}, and this task has "
+                         f"{KINDS[kind].noun}")
     return saved
 
 
@@ -4412,7 +4417,7 @@ def inherit(learnt: dict[str, Any], config: Config) -> dict[str, Any]:
 def load_published(config: Config) -> dict[str, Tensor]:
     """A torchvision model's published weights: from --data-dir, from PyTorch's cache, or downloaded into that."""
     from torchvision.models import get_model_weights
-    best = list(get_model_weights(config.model))[-1]
+    best: Any = get_model_weights(config.model).DEFAULT
     name = best.url.rpartition("/")[2]
     place = config.data_path if (config.data_path / name).exists() else Path(torch.hub.get_dir()) / "checkpoints"
     url = f"{config.mirror.rstrip('/')}/{name}" if config.mirror else best.url
@@ -5498,8 +5503,7 @@ class Survey:
                 bar.update(len(block))
         if not self.times:
             name, problem = self.problems[0] if self.problems else (" ".join(arguments), "nothing to predict in there")
-            raise UsageError(f"--predict {name}: {problem}; this run's model reads "
-                             f"{'pictures' if ready.meta['kind'] == 'image' else 'texts'}")
+            raise UsageError(f"--predict {name}: {problem}; this run's model reads {ready.kind.noun}")
 
     def say_drift(self) -> str:
         """Whether what came in looks like what the model was tested on; nothing of a few inputs."""
@@ -7391,13 +7395,6 @@ class Predictions(list[Prediction]):
     def _repr_html_(self) -> str:
         note = f"<p><small>{html.escape(self.note)}</small></p>" if self.note else ""
         return f"<table>{''.join(each._repr_html_() for each in self)}</table>{note}{self.reasons._repr_html_()}"
-
-
-def encode_png(picture: np.ndarray) -> bytes:
-    """A picture [H, W] or [H, W, 3] as a file's content."""
-    from PIL import Image
-    Image.fromarray(picture).save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
 
 
 def judge(ready: Predictor, inputs: Sequence[Any], explain: bool) -> Predictions:

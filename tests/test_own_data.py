@@ -3,6 +3,7 @@ import contextlib
 import csv
 import io
 import json
+import types
 
 import numpy as np
 import pytest
@@ -263,7 +264,7 @@ def test_published_weights_come_from_the_data_folder_and_are_checked(tmp_path, m
     class Published:
         url = f"https://nowhere.invalid/{name}"
 
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda model: [Published])
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda model: types.SimpleNamespace(DEFAULT=Published))
     folder_of_shapes(tmp_path / "shapes", 40)
     config = dld.settle({}, {"task": "images", "data": str(tmp_path / "shapes"), "model": "mobilenet_v3_small", **OWN,
                              "pretrained": True, "data_dir": str(tmp_path)})
