@@ -589,10 +589,18 @@ def pick_precision(device: str) -> str:
     if device == "cuda":
         return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"  # a T4 only emulates bf16
     if device == "cpu" and torch.backends.mkldnn.is_available():
-        # Without these instructions bf16 is emulated and slow (pytorch issues 111456, 118499). The probes are private,
-        # so they may be gone one day: then full precision is the safe answer.
-        probes = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-        if any(probe() for probe in probes if probe):
+        # Without instructions for it bf16 is emulated and slow (pytorch issues 111456, 118499). PyTorch's own probe is
+        # private, and believes the processor even where oneDNN was told to use less of it: so it is measured.
+        x = torch.ones(256, 256)
+        seconds = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            times = []
+            for _ in range(4):
+                started = time.perf_counter()
+                x.to(dtype) @ x.to(dtype)
+                times.append(time.perf_counter() - started)
+            seconds[dtype] = min(times)
+        if 1.2 * seconds[torch.bfloat16] < seconds[torch.float32]:
             return "bf16"
     return "fp32"
 
@@ -2360,6 +2368,17 @@ class WordDropout(nn.Dropout):
         return F.dropout1d(h.mT, self.p, self.training).mT
 
 
+@functools.cache
+def lstm_runs_in(dtype: torch.dtype) -> bool:
+    """Whether this processor's LSTM works in such half precision: without the instructions oneDNN has none."""
+    try:
+        with torch.random.fork_rng([]), torch.autocast("cpu", dtype=dtype):
+            nn.LSTM(1, 1)(torch.zeros(1, 1, 1))
+        return True
+    except RuntimeError:
+        return False
+
+
 class BothWays(nn.Module):
     """A two-layer bidirectional LSTM.
 
@@ -2381,9 +2400,13 @@ class BothWays(nn.Module):
         def reverse(h: Tensor) -> Tensor:
             return h.gather(1, mirrored.expand_as(h))
 
-        for layer, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
-            h = self.drop(h) if layer else h
-            h = torch.cat((ahead(h)[0], reverse(back(reverse(h))[0])), -1)
+        full = (h.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+                and not lstm_runs_in(torch.get_autocast_dtype("cpu")))
+        with torch.autocast("cpu", enabled=False) if full else contextlib.nullcontext():
+            h = h.float() if full else h
+            for layer, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
+                h = self.drop(h) if layer else h
+                h = torch.cat((ahead(h)[0], reverse(back(reverse(h))[0])), -1)
         return h
 
 

@@ -315,7 +315,10 @@ def test_a_new_task_is_one_entry(tmp_path, monkeypatch, capsys):
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_larger_budget_buys_a_higher_rung_and_flags_given_stay(digits):
+def test_a_larger_budget_buys_a_higher_rung_and_flags_given_stay(digits, monkeypatch):
+    pace = dld.Pace(dld.settle({}, {"task": "mnist", "model": "fast", "width": 16}), train=1e-3, predict=1e-4)
+    monkeypatch.setattr(dld, "measure_pace", lambda data, config, runtime: dataclasses.replace(pace, config=config))
+    monkeypatch.setattr(dld, "measure_drawing", lambda: 0.1)  # no machine's own speed decides
     given = {"task": "mnist", "model": "fast", "data": "offline", "limit": 300, "device": "cpu", "precision": "fp32"}
     runtime = dld.start_runtime(dld.Config(device="cpu", precision="fp32"))
 
@@ -351,14 +354,14 @@ def test_a_budget_for_texts_counts_what_their_preparation_takes(reviews):
 
 
 def test_a_run_within_a_budget_records_what_it_chose(tmp_path, capsys):
-    flags = ["--task", "mnist", "--data", "offline", "--limit", "200", "--budget", "15s", "--output-dir", str(tmp_path)]
+    flags = ["--task", "mnist", "--data", "offline", "--limit", "200", "--budget", "60s", "--epochs", "3",
+             "--output-dir", str(tmp_path)]
     assert dld.main(flags) == 0
     run = tmp_path / "mnist-offline-digits"
     config, metrics = (json.loads((run / f"{name}.json").read_text("utf-8")) for name in ("config", "metrics"))
-    assert config["budget"] == "" and config["epochs"] == metrics["epochs"] and metrics["seconds_budget"] == 15
-    width, epochs = re.search(r"--budget 15s buys --width (\d+) --epochs (\d+)", capsys.readouterr().out).groups()
+    assert config["budget"] == "" and config["epochs"] == metrics["epochs"] and metrics["seconds_budget"] == 60
+    width, epochs = re.search(r"--budget 60s buys --width (\d+) --epochs (\d+)", capsys.readouterr().out).groups()
     assert int(width) == config["width"] and int(epochs) >= config["epochs"], "fewer only if the machine slowed down"
-    assert metrics["seconds_total"] < 25, "wide: a loaded machine must not fail this; tests/benchmarks measures it"
 
 
 def test_all_tasks_share_a_budget(finished, monkeypatch):

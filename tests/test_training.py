@@ -39,7 +39,7 @@ def same_weights(one, two):
 
 
 @pytest.mark.parametrize(("task", "precision"), [("cifar10", "fp32"), ("cifar10", "bf16"), ("mnist", "fp32"),
-                                                 ("sentiment", "bf16")])
+                                                 ("sentiment", "bf16"), ("sentiment", "fp16")])
 def test_one_seed_gives_the_same_bits_and_another_does_not(task, precision, request):
     raw = request.getfixturevalue({"cifar10": "shapes", "mnist": "digits", "sentiment": "reviews"}[task])
     config = small(task, limit=150, epochs=2, precision=precision)
