@@ -1,8 +1,9 @@
-"""Trains each task for one epoch, alone or as one of several processes, and writes what came out: see test_processes.
+"""Trains each task for one epoch, in several processes and then in one, and writes what came out.
 
-    python tests/together.py OUT 2 cifar10 mnist
+    python tests/together.py OUT 3
 
-The processes are forks of one, so that libraries are loaded once; they find what torchrun would tell them.
+The processes are forks of one, so that libraries are loaded once; they find what torchrun would
+tell them. test_processes.py compares what they write.
 """
 import os
 import socket
@@ -10,42 +11,49 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which every process would else load by itself
 from conftest import dld, small
 
-TASKS = {"cifar10": lambda: dld.make_shapes(500, 100), "mnist": dld.make_digits,
-         "sentiment": lambda: dld.make_reviews(600, 100)}
+RAW = {"cifar10": dld.make_shapes(500, 100), "mnist": dld.make_digits(),
+       "sentiment": dld.make_reviews(600, 100)}
 
 
-def one_epoch(task, world, **settings):
+def one_epoch(task, group):
     """Weights, history and the samples that each process trained on."""
-    config = small(task, limit=400, epochs=1, dropout=0.0, **settings)
-    runtime = dld.start_runtime(config, world)
-    data = dld.build_data(TASKS[task](), config)
-    state, _ = dld.begin(data, config, runtime)
+    config = small(task, limit=201, epochs=1, dropout=0.0)
+    machine = dld.start_machine(config, group)
+    data = dld.build_dataset(RAW[task], config)
+    state, _ = dld.start_training(data, config, machine)
     seen, batch = [], data.samples.batch
-    data.samples.batch = lambda rows, noise=None, epoch=0, part=slice(None): (
-        seen.extend(rows[part].tolist() if noise is not None else []), batch(rows, noise, epoch, part))[1]
-    dld.fit(state, data, config, runtime, lambda state: None)
+
+    def noted(rows, noise=None, epoch=0, shard=slice(None)):
+        seen.extend(rows[shard].tolist() if noise is not None else [])
+        return batch(rows, noise, epoch, shard)
+
+    data.samples.batch = noted
+    dld.fit(state, dld.Context(config, data, machine, dld.Checkpointer()))
     history = [{k: v for k, v in row.items() if k != "seconds"} for row in state.history]
-    every = sorted(row for some in world.gather(seen) for row in some)
+    every = sorted(row for some in group.gather(seen) for row in some)
     return {"weights": dict(state.model.state_dict()), "history": history, "seen": every,
             "logits": state.best_logits, "train": data.parts["train"].tolist()}
 
 
-def join(rank, size, port, out, tasks):
+def join(rank, size, port, out):
     """One of several processes."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = dld.join_world()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
+                   "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}
+    group = dld.join_group()
     torch.set_num_threads(1)
-    found = {task: one_epoch(task, world) for task in tasks}
-    if world.leader:
-        torch.save(found, out)
+    found = {"together": {task: one_epoch(task, group) for task in RAW}}
     torch.distributed.destroy_process_group()
+    if group.is_leader:
+        found["alone"] = {task: one_epoch(task, dld.DistributedContext()) for task in RAW}
+        torch.save(found, out)
 
 
 def main():
-    out, size, tasks = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    out, size = Path(sys.argv[1]), int(sys.argv[2])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +64,7 @@ def main():
             continue
         code = 1
         try:
-            join(rank, size, port, out, tasks)
+            join(rank, size, port, out)
             code = 0
         finally:
             sys.stderr.flush()

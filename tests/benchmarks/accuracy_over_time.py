@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What a given time buys: runs with several budgets, each a process of its own; one table and one plot.
+"""What a given time buys: runs with several budgets, each a process of its own; a table and a plot.
 
-    python tests/benchmarks/accuracy_over_time.py --data-dir data --task cifar10 --budgets 60s 3m 30m --seeds 0 1 2
-    python tests/benchmarks/accuracy_over_time.py --data-dir data --task mnist --budgets 30s default
-    python tests/benchmarks/accuracy_over_time.py --plot results.jsonl              only draw again what was measured
+    cd tests/benchmarks
+    python accuracy_over_time.py --data-dir data --task cifar10 --budgets 60s 3m 30m --seeds 0 1 2
+    python accuracy_over_time.py --data-dir data --task mnist --budgets 30s default
+    python accuracy_over_time.py --plot results.jsonl         only draw again what was measured
 
-`default` stands for a run without --budget. Every run is appended to results.jsonl, from which table and plot are made.
-Accuracy is that of the test part, time that of the whole process.
+`default` stands for a run without --budget. Every run is appended to results.jsonl, from which
+table and plot are made. Accuracy is that of the test part, time that of the whole process.
 """
 import argparse
 import json
@@ -25,13 +26,16 @@ def measure(args):
     torch_mb = importing_torch_mb()
     for budget in args.budgets:
         for seed in args.seeds:
-            flags = ["--seed", str(seed), *([] if budget == "default" else ["--budget", budget]), *args.flags]
-            m = run(args.task, flags, args.data_dir)
-            row = {key: m[key] for key in ("task", "model", "device", "torch", "seed", "width", "epochs",
-                                           "val_accuracy", "test_accuracy", "seconds_training")}
-            row |= {key: m[key] for key in ("max_tokens", "unlabelled", "test_accuracy_without_repeats",
-                                            "yardstick_accuracy", "yardstick_gain") if m["task"] == "sentiment"}
-            row |= {"budget": budget, "whole": round(m["whole"], 1), "memory_mb": round(m["peak_memory_mb"] - torch_mb)}
+            limit = [] if budget == "default" else ["--budget", budget]
+            m = run(args.task, ["--seed", str(seed), *limit, *args.flags], args.data_dir)
+            keys = ["task", "model", "device", "torch", "seed", "width", "epochs", "val_accuracy",
+                    "test_accuracy", "seconds_training"]
+            if m["task"] == "sentiment":
+                keys += ["max_tokens", "unlabelled", "test_accuracy_without_repeats",
+                         "baseline_accuracy", "baseline_gain"]
+            row = {key: m.get(key) for key in keys}  # a minimal report has no baseline
+            row |= {"budget": budget, "whole": round(m["whole"], 1),
+                    "memory_mb": round(m["peak_memory_mb"] - torch_mb)}
             print(json.dumps(row), flush=True)
             with args.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -50,7 +54,8 @@ def choice(row):
     """What --budget chooses among."""
     if "max_tokens" not in row:
         return f"width {row['width']}, {row['epochs']} epochs"
-    return f"{row['max_tokens']} words, {row['unlabelled']:.0%} of the unlabelled, {row['epochs']} epochs"
+    return (f"{row['max_tokens']} words, {row['unlabelled']:.0%} of the unlabelled, "
+            f"{row['epochs']} epochs")
 
 
 def print_table(path):
@@ -77,12 +82,14 @@ def plot(path, picture):
     lines = defaultdict(list)
     for (task, model, _), rows in groups(path).items():
         lines[f"{task}, {model}"] += [(row["whole"], 100 * row["test_accuracy"]) for row in rows]
-    for (label, points), colour, marker in zip(lines.items(), ("#0072b2", "#d55e00", "#009e73"), "os^", strict=False):
-        axes.plot(*zip(*sorted(points), strict=True), linestyle="none", marker=marker, markersize=6, color=colour,
-                  label=label, alpha=0.8)
+    colours = ("#0072b2", "#d55e00", "#009e73")
+    for (label, points), colour, marker in zip(lines.items(), colours, "os^", strict=False):
+        axes.plot(*zip(*sorted(points), strict=True), linestyle="none", marker=marker, markersize=6,
+                  color=colour, label=label, alpha=0.8)
     axes.set_xscale("log")
     device = next(iter(groups(path).values()))[0]["device"].split(" (")[0]
-    axes.set(xlabel="whole process, from command to last artefact (log scale)", ylabel="test accuracy in %",
+    axes.set(xlabel="whole process, from command to last artefact (log scale)",
+             ylabel="test accuracy in %",
              title=f"What a given time buys, {device}, one point a run")
     ticks = [30, 60, 120, 300, 600, 1200, 1800]
     axes.set_xticks(ticks, [f"{t} s" if t < 60 else f"{t // 60} min" for t in ticks])
@@ -93,14 +100,16 @@ def plot(path, picture):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir")
     parser.add_argument("--task", default="cifar10", choices=("cifar10", "mnist", "sentiment"))
     parser.add_argument("--budgets", nargs="+", default=["60s", "3m", "default"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--flags", nargs="*", default=[], help="more flags for the program")
     parser.add_argument("--results", type=Path, default=HERE / "results.jsonl")
-    parser.add_argument("--plot", type=Path, metavar="RESULTS", help="only table and plot of earlier results")
+    parser.add_argument("--plot", type=Path, metavar="RESULTS",
+                        help="only table and plot of earlier results")
     args = parser.parse_args()
     if not args.plot:
         if not args.data_dir:

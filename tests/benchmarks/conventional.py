@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""CIFAR-10 the way most people write it, and the same network, epochs and batch size in deep_learning_deliverable.py:
+"""CIFAR-10 the way most people write it, and the same network, epochs and batch size here:
 
-    python tests/benchmarks/conventional.py --data-dir data --compare --epochs 6      both, one after the other
-    python tests/benchmarks/conventional.py --data-dir data --epochs 6                the conventional script alone
+    python tests/benchmarks/conventional.py --data-dir data --compare --epochs 6
+    python tests/benchmarks/conventional.py --data-dir data --epochs 6       the conventional alone
 
-Conventional: a DataLoader over torchvision's data set, PIL transforms picture by picture, float32, Adam, one evaluation
-an epoch, two curves at the end. Compared is the whole process, from the command to its end; ours also writes every
-figure and report. The classic network of the program is used in both.
+Conventional: a DataLoader over torchvision's data set, PIL transforms picture by picture, float32,
+Adam, one evaluation an epoch, two curves at the end. Compared is the whole process, from the
+command to its end; ours also writes every figure and report. The classic network of the program is
+used in both.
 """
 import argparse
 import json
@@ -30,16 +31,20 @@ def train(data_dir, epochs, workers):
 
     sys.path.insert(0, str(ROOT))
     from deep_learning_deliverable import classic_cnn
-    normalise = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
-    vary = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=3), transforms.RandomRotation(8)]
+    normalise = [transforms.ToTensor(),
+                 transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
+    vary = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, padding=3),
+            transforms.RandomRotation(8)]
     torch.manual_seed(0)
     order = torch.randperm(50_000).tolist()
-    train_set = Subset(CIFAR10(data_dir, train=True, transform=transforms.Compose(vary + normalise)), order[5000:])
-    val_set = Subset(CIFAR10(data_dir, train=True, transform=transforms.Compose(normalise)), order[:5000])
-    test_set = CIFAR10(data_dir, train=False, transform=transforms.Compose(normalise))
+    varied, plain = transforms.Compose(vary + normalise), transforms.Compose(normalise)
+    train_set = Subset(CIFAR10(data_dir, train=True, transform=varied), order[5000:])
+    val_set = Subset(CIFAR10(data_dir, train=True, transform=plain), order[:5000])
+    test_set = CIFAR10(data_dir, train=False, transform=plain)
     train_loader = DataLoader(train_set, batch_size=128, shuffle=True, num_workers=workers)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = classic_cnn({"channels": 3, "side": 32, "classes": train_set.dataset.classes, "dropout": 0.5}).to(device)
+    model = classic_cnn({"channels": 3, "side": 32, "classes": train_set.dataset.classes,
+                         "dropout": 0.5}).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     criterion = nn.CrossEntropyLoss()
 
@@ -64,7 +69,8 @@ def train(data_dir, epochs, workers):
             total += loss.item()
         losses.append(total / len(train_loader))
         accuracies.append(evaluate(val_set))
-        print(f"epoch {epoch + 1}: loss {losses[-1]:.3f}, validation accuracy {accuracies[-1]:.1%}", flush=True)
+        print(f"epoch {epoch + 1}: loss {losses[-1]:.3f}, "
+              f"validation accuracy {accuracies[-1]:.1%}", flush=True)
     print(f"test accuracy {evaluate(test_set):.2%}")
     _, (left, right) = plt.subplots(1, 2)
     left.plot(losses)
@@ -81,24 +87,29 @@ def compare(data_dir, epochs, workers):
     with tempfile.TemporaryDirectory() as folder:
         for name, command in (
                 ("conventional", [__file__, *both, "--workers", workers]),
-                ("this program", [ROOT / "deep_learning_deliverable.py", "--task", "cifar10", "--model", "classic",
-                                  "--data", "real", "--output-dir", folder, *both])):
+                ("this program", [ROOT / "deep_learning_deliverable.py", "--task", "cifar10",
+                                  "--model", "classic", "--data", "real", "--output-dir", folder,
+                                  *both])):
             started = time.perf_counter()
-            done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True)
+            done = subprocess.run([sys.executable, *map(str, command)], capture_output=True,
+                                  text=True, check=True)
             seconds = time.perf_counter() - started
             rates[name] = 45_000 * epochs / seconds
-            said = next(line for line in done.stdout.splitlines() if line.lower().startswith("test accuracy"))
+            said = next(line for line in done.stdout.splitlines()
+                        if line.lower().startswith("test accuracy"))
             print(f"{name:13} {seconds:6.0f} s   {rates[name]:6.0f} images/s   {said}", flush=True)
         metrics = json.loads(next(Path(folder).glob("*/metrics.json")).read_text("utf-8"))
-    print(f"{rates['this program'] / rates['conventional']:.2f} times the images a second, {epochs} epochs")
+    ratio = rates["this program"] / rates["conventional"]
+    print(f"{ratio:.2f} times the images a second, {epochs} epochs")
     print(f"{metrics['device']}, torch {metrics['torch']}, Python {sys.version.split()[0]}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--workers", type=int, default=0, help="of the conventional script's DataLoader")
+    parser.add_argument("--workers", type=int, default=0, help="of the conventional DataLoader")
     parser.add_argument("--compare", action="store_true")
     args = parser.parse_args()
     (compare if args.compare else train)(args.data_dir, args.epochs, args.workers)

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/own_data.py [--pictures 20000] [--epochs 1] [--folder DIR]
 
-Makes JPEGs of mixed sizes (120 to 900 pixels a side, all three modes that JPEGs have) of the ten drawn shapes, one
-folder a class, then trains on them twice with the program as a user would. Memory is the most that the process held at
-once, less what a process holds that has only imported torch and taken one step of a tiny network (Linux only).
+Makes JPEGs of mixed sizes (120 to 900 pixels a side, all three modes that JPEGs have) of the ten
+drawn shapes, one folder a class, then trains on them twice with the program as a user would. Memory
+is the most that the process held at once, less what a process holds that has only imported torch
+and taken one step of a tiny network (Linux only).
 """
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def make_pictures(folder: Path, n: int) -> int:
         for i, (label, pixels) in enumerate(zip(y, x, strict=True), first):
             path = folder / names[label] / f"{i:06}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize(tuple(rng.integers(120, 900, 2).tolist()))
+            size_of_it = tuple(rng.integers(120, 900, 2).tolist())
+            picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize(size_of_it)
             mode = ("RGB", "RGB", "RGB", "L", "CMYK")[rng.integers(5)]
             picture.convert(mode).save(path, quality=int(rng.integers(60, 96)))
             size += path.stat().st_size
@@ -58,25 +60,31 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="keep the pictures here, and use them if they are there")
+    parser.add_argument("--folder", type=Path,
+                        help="keep the pictures here, and use them if they are there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         pictures = args.folder or Path(scratch) / "pictures"
         if not pictures.exists():
-            print(f"{args.pictures:,} pictures, {make_pictures(pictures, args.pictures) / 1e6:,.0f} MB")
+            size = make_pictures(pictures, args.pictures) / 1e6
+            print(f"{args.pictures:,} pictures, {size:,.0f} MB")
         bare = run([sys.executable, "-c", BARE])[1]
         for start in ("first", "second"):
-            command = [sys.executable, dld.__file__, "--task", "images", "--data", str(pictures), "--data-dir",
-                       f"{scratch}/data", "--output-dir", f"{scratch}/outputs", "--epochs", str(args.epochs)]
+            command = [sys.executable, dld.__file__, "--task", "images", "--data", str(pictures),
+                       "--data-dir", f"{scratch}/data", "--output-dir", f"{scratch}/outputs",
+                       "--epochs", str(args.epochs)]
             seconds, memory = run(command)
-            newest = max(Path(scratch, "outputs").iterdir(), key=lambda path: path.stat().st_mtime)
-            metrics = json.loads((newest / "metrics.json").read_text("utf-8"))
-            print(f"{start} start: {metrics['seconds_setup']:.1f} s before the first step, imports and measuring "
-                  f"included, {seconds:.0f} s in all; {memory:,.0f} MiB at most, {memory - bare:,.0f} beyond a bare "
-                  f"torch ({bare:,.0f}); test accuracy {metrics['test_accuracy']:.2%}", flush=True)
+            newest = max(Path(scratch, "outputs").glob("*/metrics.json"),
+                         key=lambda path: path.stat().st_mtime)
+            metrics = json.loads(newest.read_text("utf-8"))
+            print(f"{start} start: {metrics['seconds_setup']:.1f} s before the first step, imports "
+                  f"and measuring included, {seconds:.0f} s in all; {memory:,.0f} MiB at most, "
+                  f"{memory - bare:,.0f} beyond a bare torch ({bare:,.0f}); test accuracy "
+                  f"{metrics['test_accuracy']:.2%}", flush=True)
 
 
 if __name__ == "__main__":

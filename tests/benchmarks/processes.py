@@ -2,10 +2,11 @@
 """One process with as many threads as there are cores, against as many processes of one thread:
 
     python tests/benchmarks/processes.py --data-dir data
-    torchrun --nproc-per-node 2 tests/benchmarks/processes.py --sum      how long summing gradients takes by itself
+    torchrun --nproc-per-node 2 tests/benchmarks/processes.py --sum
 
-Each task's own network, the same settings for both, in turn, so that a machine that slows down slows both. Time: that
-of the training alone, validation included, as metrics.json has it.
+The second: how long summing gradients takes by itself. The first: each task's own network, the same
+settings for both, in turn, so that a machine that slows down slows both. Time: that of the training
+alone, validation included, as metrics.json has it.
 """
 import argparse
 import json
@@ -22,7 +23,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import deep_learning_deliverable as dld
 
-SCRIPT = Path(dld.__file__)
 CASES = {"cifar10": ["--no-views", "--limit", "3000", "--epochs", "2"],
          "mnist": ["--no-views", "--limit", "20000", "--epochs", "5"],
          "sentiment": ["--limit", "1500", "--epochs", "2", "--unlabelled", "0"]}
@@ -30,37 +30,39 @@ CASES = {"cifar10": ["--no-views", "--limit", "3000", "--epochs", "2"],
 
 def train(task, processes, threads, flags, place):
     """Seconds of the training."""
-    program = ([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-               if processes > 1 else [sys.executable])
-    command = [*program, str(SCRIPT), "--task", task, "--report", "minimal", "--output-dir", str(place), *flags]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
-                          check=False)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), dld.__file__, "--task", task,
+               "--report", "minimal", "--output-dir", str(place), *flags]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                          capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    run = max(place.iterdir(), key=lambda path: path.stat().st_mtime)
-    metrics = json.loads((run / "metrics.json").read_text("utf-8"))
+    newest = max(place.glob("*/metrics.json"), key=lambda path: path.stat().st_mtime)
+    metrics = json.loads(newest.read_text("utf-8"))
     assert metrics["processes"] == processes
     return metrics["seconds_training"]
 
 
 def time_sums():
     """Milliseconds that the processes take to add up tensors of these sizes: median of 20."""
-    world = dld.join_world()
+    group = dld.join_group()
     torch.set_num_threads(1)
     for megabytes in (0.004, 1, 4, 16, 64):
         x, times = torch.ones(int(megabytes * 250_000)), []
         for _ in range(25):
-            world.any(True)
+            group.any(True)
             started = time.perf_counter()
-            world.total(x)
+            group.sum(x)
             times.append(time.perf_counter() - started)
-        if world.leader:
+        if group.is_leader:
             middle = statistics.median(times[5:])
-            print(f"{megabytes} MB over {world.size} processes: {1000 * middle:.2f} ms, {megabytes / middle:,.0f} MB/s")
+            print(f"{megabytes} MB over {group.size} processes: {1000 * middle:.2f} ms, "
+                  f"{megabytes / middle:,.0f} MB/s")
     torch.distributed.destroy_process_group()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir")
     parser.add_argument("--sum", action="store_true")
     parser.add_argument("--tasks", nargs="+", default=list(CASES), choices=list(CASES))
@@ -71,7 +73,8 @@ def main():
         time_sums()
         return
     n = args.processes
-    print(f"| task | one process, {n} threads | {n} processes, one thread | ratio of medians |\n|---|---|---|---|")
+    print(f"| task | one process, {n} threads | {n} processes, one thread | ratio of medians |")
+    print("|---|---|---|---|")
     for task in args.tasks:
         flags = [*CASES[task], "--data-dir", args.data_dir, "--data", "real"]
         one, several = [], []

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""A server under load, then under attack: errors, latency, requests a second, batch size, and its memory.
+"""A server under load, then under attack: errors, latency, requests a second, and its memory.
 
-    python tests/benchmarks/serving.py                                a picture model trained for a moment
-    python tests/benchmarks/serving.py --run outputs/sentiment        any run
-    python tests/benchmarks/serving.py --task sentiment --explain 1   with the reasons for each answer
+    python tests/benchmarks/serving.py                               a picture model, hardly trained
+    python tests/benchmarks/serving.py --run outputs/sentiment       any run
+    python tests/benchmarks/serving.py --task sentiment --explain 1  with reasons for each answer
 
-Requests are test samples of the run's own built-in data, `--together` at a time, over connections that stay open.
+Requests are test samples of the run's own built-in data, `--together` at a time, over connections
+that stay open.
 """
 from __future__ import annotations
 
@@ -17,7 +18,6 @@ import io
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -50,10 +50,10 @@ def encode(picture):
 
 def bodies_for(task):
     """(headers, bodies) of requests."""
-    raw = {"cifar10": dld.make_shapes, "mnist": dld.make_digits, "sentiment": dld.make_reviews}[task]()
+    some = dld.TASKS[task].offline().x[-1000:]
     if task == "sentiment":
-        return {"Content-Type": "application/json"}, [json.dumps({"text": text}) for text in raw.x[-1000:]]
-    return {"Content-Type": "image/png"}, [encode(picture) for picture in raw.x[-1000:]]
+        return {"Content-Type": "application/json"}, [json.dumps({"text": text}) for text in some]
+    return {"Content-Type": "image/png"}, [encode(picture) for picture in some]
 
 
 def ask(port, body, headers, path, method="POST"):
@@ -85,9 +85,11 @@ def attack(port, rounds=20):
     """So many hostile requests; how many of each status they got."""
     png, coded = {"Content-Type": "image/png"}, {"Content-Type": "application/json"}
     flat = bomb(6600, "RGBA")  # allowed, and large: 174 MB of pixels
-    kinds = [(bomb(9000, "RGB"), png), (flat, png), (flat[:len(flat) // 2], png), (b"", png), (bytes(17_000_000), png),
-             (b'{"image": ' + b"[" * 5_000_000, coded), (b"[" + b"{}," * 4_000_000 + b"1]", coded),
-             (json.dumps({"text": "x " * 60_000}), coded), (b'{"text": "x', coded), (os.urandom(100_000), png)]
+    kinds = [(bomb(9000, "RGB"), png), (flat, png), (flat[:len(flat) // 2], png), (b"", png),
+             (bytes(17_000_000), png), (b'{"image": ' + b"[" * 5_000_000, coded),
+             (b"[" + b"{}," * 4_000_000 + b"1]", coded),
+             (json.dumps({"text": "x " * 60_000}), coded), (b'{"text": "x', coded),
+             (os.urandom(100_000), png)]
     statuses = Counter()
     for body, headers in (kinds * rounds)[:rounds]:
         statuses[ask(port, body, headers, "/predict")[0]] += 1
@@ -99,14 +101,8 @@ def load(port, headers, bodies, together, path):
     started = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(together) as pool:
         done = list(pool.map(lambda body: ask(port, body, headers, path), bodies))
-    return Counter(status for status, _, _ in done), [seconds for _, seconds, _ in done], time.perf_counter() - started
-
-
-def mean_batch(port):
-    """Samples that the model saw together, on average, and how often it was asked."""
-    text = ask(port, None, {}, "/metrics", "GET")[2].decode()
-    total, count = (float(re.search(rf"dld_batch_size_{what}{{.*}} (\S+)", text)[1]) for what in ("sum", "count"))
-    return total, count
+    took = time.perf_counter() - started
+    return Counter(status for status, _, _ in done), [seconds for _, seconds, _ in done], took
 
 
 def measure(port, process, task, options):
@@ -114,42 +110,48 @@ def measure(port, process, task, options):
     headers, bodies = bodies_for(task)
     bodies = (bodies * options.requests)[:options.requests]
     path = f"/predict?explain={options.explain}"
-    load(port, headers, bodies[:64], options.together, path)  # the first answers are never like the others
-    before, (total, count) = memory(process), mean_batch(port)
+    load(port, headers, bodies[:64], options.together, path)  # the first are never like the others
+    before = memory(process)
     statuses, times, seconds = load(port, headers, bodies, options.together, path)
-    more, after = mean_batch(port), memory(process)
+    after = memory(process)
     times.sort()
     print(f"{task}: {len(bodies):,} requests, {options.together} at a time: {dict(statuses)}\n"
-          f"latency ms: p50 {1000 * statistics.median(times):.1f}, p99 {1000 * times[int(0.99 * len(times))]:.1f}, "
-          f"most {1000 * times[-1]:.1f}; {len(bodies) / seconds:.0f} requests/s; "
-          f"mean batch {(more[0] - total) / (more[1] - count):.1f}\nmemory MB: {before:.0f} before, {after:.0f} after")
+          f"latency ms: p50 {1000 * statistics.median(times):.1f}, "
+          f"p99 {1000 * times[int(0.99 * len(times))]:.1f}, most {1000 * times[-1]:.1f}; "
+          f"{len(bodies) / seconds:.0f} requests/s\n"
+          f"memory MB: {before:.0f} before, {after:.0f} after")
     for _ in range(options.repeats):
         load(port, headers, bodies, options.together, path)
         print(f"memory MB: {memory(process):.0f} after as many again")
     for _ in range(options.attacks):
         print(f"20 hostile requests: {attack(port)}; memory MB: {memory(process):.0f}")
-    print(f"still answers: {load(port, headers, bodies[:100], options.together, path)[0]}")
+    print(f"still answers: {dict(load(port, headers, bodies[:100], options.together, path)[0])}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path)
-    parser.add_argument("--task", default="cifar10", choices=list(dld.TASKS))
+    parser.add_argument("--task", default="cifar10", choices=("cifar10", "mnist", "sentiment"))
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--together", type=int, default=16)
     parser.add_argument("--explain", default="0", choices=["0", "1"])
-    parser.add_argument("--repeats", type=int, default=0, help="how many times to send all of it once more")
-    parser.add_argument("--attacks", type=int, default=2, help="how many times to send 20 hostile requests")
+    parser.add_argument("--repeats", type=int, default=0,
+                        help="how many times to send all of it once more")
+    parser.add_argument("--attacks", type=int, default=2,
+                        help="how many times to send 20 hostile requests")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
-        run = options.run or dld.train_run({"task": options.task, "data": "offline", "device": "cpu", "epochs": 1,
-                                            "limit": 1000, "report": "minimal", "output_dir": place}, dld.Log())
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        command = [sys.executable, dld.__file__, "--serve", "--run", run, "--port", str(port), "--device", "cpu"]
-        process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+        run = options.run or dld.train_run(
+            {"task": options.task, "data": "offline", "device": "cpu", "epochs": 1, "limit": 1000,
+             "report": "minimal", "output_dir": place}, dld.Log())
+        process = subprocess.Popen([sys.executable, dld.__file__, "--serve", "--run", str(run),
+                                    "--port", "0", "--device", "cpu"], stdout=subprocess.PIPE,
+                                   text=True)
         try:
-            print(process.stdout.readline().strip())
+            said = process.stdout.readline().strip()
+            print(said)
+            port = int(re.search(r":(\d+)/", said)[1])
             task = json.loads(ask(port, None, {}, "/health", "GET")[2])["runs"][0]["task"]
             measure(port, process, task, options)
         finally:

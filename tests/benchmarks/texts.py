@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What each part of the sentiment task costs on the real reviews, and the same network written the usual way:
+"""What each part of the sentiment task costs on real reviews, and the same network as usual:
 
     python tests/benchmarks/texts.py --data-dir data
 
-Usual: batches drawn at random, padded by pad_sequence, packed by pack_padded_sequence into one nn.LSTM(num_layers=2,
-bidirectional=True), float32, Adam. Both train on the same reviews with the same numbers of units and the same longest
-text; tokens are words of the reviews, padding not counted. The two take turns, and the median of their rates counts.
+Usual: batches drawn at random, padded by pad_sequence, packed by pack_padded_sequence into one
+nn.LSTM(num_layers=2, bidirectional=True), float32, Adam. Both train on the same reviews with the
+same numbers of units and the same longest text; tokens are words of the reviews, padding not
+counted. The two take turns, and the median of their rates counts.
 """
 import argparse
 import dataclasses
@@ -28,15 +29,17 @@ class Usual(nn.Module):
 
     def __init__(self, words, width, dropout):
         super().__init__()
-        size = dld.EMBEDDING + dld.PAIRING  # as many as the program's words and word pairs have
+        size = dld.WORD_SIZE + dld.PAIR_SIZE  # as many as the program's words and word pairs have
         self.embedding = nn.Embedding(words, size, padding_idx=0)
         self.lstm = nn.LSTM(size, width, 2, batch_first=True, bidirectional=True, dropout=dropout)
-        self.score = nn.Sequential(nn.Linear(2 * width, 128), nn.Tanh(), nn.Linear(128, 1, bias=False))
+        self.score = nn.Sequential(nn.Linear(2 * width, 128), nn.Tanh(),
+                                   nn.Linear(128, 1, bias=False))
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(2 * width, 2)
 
     def forward(self, ids, length):
-        packed = pack_padded_sequence(self.drop(self.embedding(ids)), length, batch_first=True, enforce_sorted=False)
+        packed = pack_padded_sequence(self.drop(self.embedding(ids)), length, batch_first=True,
+                                      enforce_sorted=False)
         h, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
         h = self.drop(h)
         weight = self.score(h).squeeze(-1).masked_fill(ids == 0, -torch.inf).softmax(1)
@@ -51,7 +54,8 @@ def rate_of(step, batches):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--steps", type=int, default=20, help="a round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -60,40 +64,44 @@ def main():
     def timed(name, job):
         started = time.perf_counter()
         done = job()
-        peak = dld.peak_memory_mb(runtime) or 0
+        peak = dld.peak_memory_mb(machine) or 0
         print(f"{name:58} {time.perf_counter() - started:7.1f} s, at most {peak:,.0f} MB so far",
               flush=True)
         return done
 
-    config = dld.settle({}, {"task": "sentiment", "data": "real", "data_dir": args.data_dir})
-    runtime = dld.start_runtime(config)
+    config = dld.resolve_config({"task": "sentiment", "data": "real", "data_dir": args.data_dir})
+    machine = dld.start_machine(config)
     raw = timed("reading the reviews (with the kept words, if there)",
-                lambda: dld.read_imdb(config.data_path, dld.Downloads(False)))
-    data = timed("splitting, vocabulary, numbering", lambda: dld.build_data(raw, config))
+                lambda: dld.read_imdb(config))
+    data = timed("splitting, vocabulary, numbering", lambda: dld.build_dataset(raw, config))
     train, samples, labels = data.parts["train"], data.samples, data.labels
-    few = dataclasses.replace(data, first=data.first[:0])
-    timed("word vectors and leanings", lambda: dld.start_texts(dld.build_model(data.meta), few))
-    simple = timed("yardstick: learning", lambda: dld.PhraseModel(samples.tokens, train, labels[train], 2, 2, False))
-    timed("yardstick: the test part", lambda: simple.shares(data.parts["test"]))
-    simple = timed("opinions: learning", lambda: dld.PhraseModel(samples.tokens, train, labels[train], 2, 3, True))
-    timed("opinions: 50,000 reviews", lambda: simple.shares(data.parts["unlabelled"]))
+    model = dld.build_model(data.meta).train()
+    few = dataclasses.replace(data, unlabelled=data.unlabelled[:0])
+    timed("word vectors and leanings", lambda: samples.prepare(model, few))
+
+    def learn(longest, weighed):
+        return dld.PhraseModel(samples.tokens, train, labels[train], 2, longest, weighed)
+
+    simple = timed("baseline: learning", lambda: learn(2, False))
+    timed("baseline: the test part", lambda: simple.shares(data.parts["test"]))
+    simple = timed("pseudo-labels: learning", lambda: learn(3, True))
+    timed("pseudo-labels: 50,000 reviews", lambda: simple.shares(data.parts["unlabelled"]))
 
     order = torch.Generator().manual_seed(0)
     plan = samples.plan(train, config.batch_size, order)
     kept = samples.kept[train]
-    held = sum(len(where) * int(samples.where(train[where])[0].shape[1]) for where in plan)
-    print(f"\nlongest text {config.max_tokens}, batches of {config.batch_size}, {kept.sum():,} tokens an epoch; "
-          f"padding {1 - int(kept.sum()) / held:.1%}")
+    held = sum(len(where) * int(samples.places(train[where])[0].shape[1]) for where in plan)
+    print(f"\nlongest text {config.max_tokens}, batches of {config.batch_size}, "
+          f"{kept.sum():,} tokens an epoch; padding {1 - int(kept.sum()) / held:.1%}")
     at_random = torch.randperm(len(train), generator=order).split(config.batch_size)
     padded = sum(len(where) * int(kept[where].max()) for where in at_random)
     print(f"padding with batches drawn at random: {1 - int(kept.sum()) / padded:.1%}")
 
-    model = dld.build_model(data.meta).train()
-    state = dld.new_state(model, config, runtime)
+    state = dld.new_train_state(model, config, machine)
 
     def ours(where):
         rows = train[where]
-        with runtime.autocast():
+        with machine.autocast():
             logits = model(samples.batch(rows))
         state.optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(logits.float(), labels[rows]).backward()
@@ -103,12 +111,14 @@ def main():
 
     usual = Usual(len(data.meta["vocabulary"]) + 2, config.width, config.dropout).train()
     optimizer = torch.optim.Adam(usual.parameters())
-    cut = [samples.batch(row.view(1))[0, :int(samples.kept[row])].long() for row in train[torch.cat(at_random[:100])]]
+    cut = [samples.batch(row.view(1))[0, :int(samples.kept[row])].long()
+           for row in train[torch.cat(at_random[:100])]]
 
     def usually(batch):
         rows, ids = batch
         length = torch.tensor([len(text) for text in ids])
-        loss = nn.functional.cross_entropy(usual(pad_sequence(ids, batch_first=True), length), labels[rows])
+        logits = usual(pad_sequence(ids, batch_first=True), length)
+        loss = nn.functional.cross_entropy(logits, labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,7 +126,8 @@ def main():
 
     size = config.batch_size
     rounds = [[], []]
-    others = [(train[where], cut[i * size:(i + 1) * size]) for i, where in enumerate(at_random[:100])]
+    others = [(train[where], cut[i * size:(i + 1) * size])
+              for i, where in enumerate(at_random[:100])]
     rate_of(ours, plan[:5])
     rate_of(usually, others[:3])
     for i in range(args.rounds):
@@ -129,7 +140,7 @@ def main():
     print(f"usual script {there:10,.0f} tokens/s   an epoch takes {int(kept.sum()) / there:.0f} s "
           f"({min(rounds[1]):,.0f} to {max(rounds[1]):,.0f})")
     print(f"{here / there:.2f} times the tokens a second")
-    print(f"{runtime.describe()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    print(f"{machine.describe()}, torch {torch.__version__}, Python {sys.version.split()[0]}")
 
 
 if __name__ == "__main__":

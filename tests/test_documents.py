@@ -1,0 +1,40 @@
+"""What the documents say is what a run writes."""
+import re
+
+from conftest import ROOT, dld, metrics_of
+
+# Files and keys of runs that are not among the finished ones.
+ELSEWHERE = {"folds.png", "folds.pt", "folds", "folds_accuracy", "folds_spread", "ended",
+             "skipped.csv", "checkpoint-before.pt", "mistakes.png", "suspects.png",
+             "near_repeats.png"}
+
+
+def named(heading):
+    """What the first column of a table in outputs/README.md names."""
+    text = (ROOT / "outputs" / "README.md").read_text("utf-8")
+    table = text.split(f"# {heading}")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.M)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_the_readme_of_outputs_names_every_file_of_a_run_and_no_other(finished):
+    written = {path.name for run in finished.values() for path in run.iterdir()
+               if not path.name.startswith(".") and not path.name.startswith("model.")}
+    assert written | {"model.pt"} <= named("What a run folder holds")
+    assert named("What a run folder holds") <= written | {"model.pt"} | ELSEWHERE
+
+
+def test_the_readme_of_outputs_names_every_metric_of_a_run_and_no_other(finished):
+    keys = set().union(*(metrics_of(run) for run in finished.values()))
+    assert keys <= named("The keys of metrics.json") <= keys | ELSEWHERE
+
+
+def test_the_readme_names_only_flags_that_there_are():
+    parser = dld.build_parser()
+    flags = {option for action in parser._actions for option in action.option_strings}
+    text = (ROOT / "README.md").read_text("utf-8")
+    others = {"--standalone", "--nproc-per-node", "--max-restarts", "--dist", "--data-binary",
+              "--logdir", "--budgets"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | others
+
+
