@@ -23,20 +23,20 @@ tables, metrics.json, model.pt. Data travels one way:
 Contents, with the line where each section begins:
 
      1  Head .............................. 56
-     2  Config ........................... 191
-     3  Models ........................... 396
-     4  Training ......................... 747
-     5  Evaluation ...................... 1193
-     6  Explanations .................... 1666
-     7  Data ............................ 1904
-     8  Tasks ........................... 3522
-     9  Machine ......................... 3769
-    10  Figures ......................... 4319
-    11  Report .......................... 4613
-    12  Runs ............................ 5285
-    13  Using a model ................... 6030
-    14  Search and notebook ............. 6732
-    15  Command line .................... 7220
+     2  Config ........................... 190
+     3  Models ........................... 395
+     4  Training ......................... 746
+     5  Evaluation ...................... 1192
+     6  Explanations .................... 1665
+     7  Data ............................ 1903
+     8  Tasks ........................... 3475
+     9  Machine ......................... 3722
+    10  Figures ......................... 4272
+    11  Report .......................... 4566
+    12  Runs ............................ 5082
+    13  Using a model ................... 5827
+    14  Search and notebook ............. 6424
+    15  Command line .................... 6912
 """
 
 # /// script
@@ -94,7 +94,6 @@ import sys
 import tarfile
 import tempfile
 import textwrap
-import threading
 import time
 import types
 import typing
@@ -2741,16 +2740,25 @@ MIN_DOWNLOAD_BYTES_PER_SECOND = 200_000  # what is slower is left for another mi
 SPEED_WINDOW_SECONDS = 5.0  # over which that is measured
 
 
+@contextlib.contextmanager
+def reading(path: Path, delete: Path | None = None) -> Iterator[None]:
+    """Whatever goes wrong with this file becomes one line that names it, and what to delete."""
+    try:
+        yield
+    except OSError as problem:
+        raise DataError(f"cannot read {path}: {problem.strerror or problem}") from problem
+    except Exception as problem:  # a damaged file can raise nearly anything
+        raise DataError(f"{path} is damaged ({problem}); delete {delete or path} and run "
+                        "again") from problem
+
+
 def cached_arrays(folder: Path, key: str, make: Callable[[Path], Any]) -> dict[str, np.ndarray]:
     """The arrays (*.npy) that `make` puts into a folder: made once for this key, then mapped."""
-    def load(place: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-        return {name: np.load(place / name, mmap_mode="r") for name in names}
-
     mark = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
     with contextlib.suppress(OSError, ValueError, EOFError):
         *names, known = (folder / "key.txt").read_text().splitlines()
         if known == mark:
-            return load(folder, names)
+            return {name: np.load(folder / name, mmap_mode="r") for name in names}
     near = next(place for place in folder.absolute().parents if place.exists())
     with contextlib.suppress(OSError):  # a folder that cannot be written to, or a full disk
         with tempfile.TemporaryDirectory(dir=near, prefix=".") as scratch:
@@ -2762,7 +2770,7 @@ def cached_arrays(folder: Path, key: str, make: Callable[[Path], Any]) -> dict[s
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(new, folder)
-        return load(folder, names)
+        return {name: np.load(folder / name, mmap_mode="r") for name in names}
     with tempfile.TemporaryDirectory() as scratch:  # then in memory, and again the next time
         make(Path(scratch))
         return {path.name: np.load(path) for path in Path(scratch).iterdir()}
@@ -2779,81 +2787,69 @@ class Archive:
 
 
 def file_md5(path: Path) -> str:
-    """Checksum of a file, read in pieces."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    """The checksum that archives are published with."""
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def file_size(path: Path) -> int:
+    """Its bytes; 0 if it is not there."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def download_rest(url: str, part: Path, archive: Archive, patient: bool) -> None:
     """Complete a partial file from one mirror; OSError if it does not come, or comes too slowly."""
-    have = part.stat().st_size if part.exists() else 0
+    have = file_size(part)
     if have >= archive.size:
         return
-    headers = {"User-Agent": "deep_learning_deliverable", "Accept-Encoding": "identity"}
+    request = urllib.request.Request(url, headers={"User-Agent": "deep_learning_deliverable"})
     if have:
-        headers["Range"] = f"bytes={have}-"
-    request = urllib.request.Request(url, headers=headers)
+        request.add_header("Range", f"bytes={have}-")
     with urllib.request.urlopen(request, timeout=SECONDS_WITHOUT_A_BYTE) as answer:
-        if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            have = 0  # all of it comes, or another part than was asked for
         if "html" in answer.headers.get("Content-Type", ""):
             raise OSError("sends a web page instead of the file")
-        with part.open("r+b" if have else "wb") as file, progress_bar(
-                archive.size, "B", have, unit_scale=True) as bar:
-            bar.set_description(archive.name)
-            file.truncate(file.seek(have))
-            since, got = time.perf_counter(), 0
+        if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            have = 0  # all of it comes, or another part than was asked for
+        started, had = time.perf_counter(), have
+        with part.open("ab" if have else "wb") as file, progress_bar(
+                archive.size, "B", have, unit_scale=True, desc=archive.name) as bar:
             while block := answer.read1(1 << 16):
-                have, got = have + len(block), got + len(block)
+                have += len(block)
                 if have > archive.size:
                     raise OSError("sends more than the file has")
                 try:
                     bar.update(file.write(block))
                 except OSError as problem:  # the disk's fault, not the mirror's
                     raise DataMissing(f"cannot write {part}: {problem.strerror}") from problem
-                if (took := time.perf_counter() - since) > SPEED_WINDOW_SECONDS:
-                    if got / took < MIN_DOWNLOAD_BYTES_PER_SECOND and not patient:
-                        raise OSError(f"only {got / took / 1000:,.0f} kB/s")
-                    since, got = time.perf_counter(), 0
+                seconds = time.perf_counter() - started
+                slow = (have - had) / seconds < MIN_DOWNLOAD_BYTES_PER_SECOND
+                if slow and seconds > SPEED_WINDOW_SECONDS and not patient:
+                    raise OSError(f"only {(have - had) / seconds / 1000:,.0f} kB/s")
     if have < archive.size:
         raise OSError(f"stopped after {have:,} of {archive.size:,} bytes")
 
 
 def download(archive: Archive, part: Path, mirrors: Sequence[str]) -> None:
     """Fill `part` from whichever mirrors have it; from the second round on, however slowly."""
-    def size() -> int:
-        return part.stat().st_size if part.exists() else 0
-
-    def attempt(url: str, patient: bool) -> str:
-        """Why this mirror did not do; nothing if the file is complete and right."""
-        had = size()
-        try:
-            download_rest(url, part, archive, patient)
-        except (OSError, ValueError, http.client.HTTPException) as problem:
-            text = "".join(filter(str.isprintable, " ".join(str(problem).split())))
-            text = text.removeprefix("<urlopen error ").removesuffix(">")
-            return textwrap.shorten(text, 80) or type(problem).__name__
-        if file_md5(part) == archive.md5:
-            return ""
-        part.unlink()
-        # If only the rest came from here, the beginning may have been wrong: once more, all of it.
-        return attempt(url, patient) if had else "what arrived is not the right file (md5 differs)"
-
     reasons, before, patient = dict[str, str](), -1, len(mirrors) == 1
-    while size() > before:  # a round that brought nothing: the next would not either
-        before = size()
+    while file_size(part) > before:  # a round that brought nothing: the next would not either
+        before = file_size(part)
         for url in mirrors:
-            reasons[url] = attempt(url, patient)
-            if not reasons[url]:
-                return
+            resumed = part.exists()
+            try:
+                download_rest(url, part, archive, patient)
+                if resumed and file_md5(part) != archive.md5:
+                    part.unlink()  # its beginning, which may have come from elsewhere, was wrong
+                    download_rest(url, part, archive, patient)
+                if file_md5(part) == archive.md5:
+                    return
+                part.unlink()
+                problem = "what arrived is not the right file (md5 differs)"
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                problem = "".join(filter(str.isprintable, str(error))) or type(error).__name__
+            reasons[re.sub("^https?://|/.*", "", url)] = shorten([problem], 80)
         patient = True
-    said = "; ".join(f"{url.split('/')[2] if url.count('/') > 1 else url}: {why}"
-                     for url, why in reasons.items())
-    kept = f"; {format_size(size())} are kept for the next attempt" if size() else ""
-    raise DataMissing(f"could not download {archive.name} ({said}{kept})")
+    said = "; ".join(f"{host}: {problem}" for host, problem in reasons.items())
+    raise DataMissing(f"could not download {archive.name} ({said})")
 
 
 def fetch(archive: Archive, folder: Path, config: Config) -> Path:
@@ -2861,15 +2857,14 @@ def fetch(archive: Archive, folder: Path, config: Config) -> Path:
     from filelock import FileLock
     path, part = folder / archive.name, folder / f".{archive.name}.part"
     own = [f"{config.mirror.rstrip('/')}/{archive.name}"] if config.mirror else []
-    by_hand = (f"get {archive.mirrors[0]} ({format_size(archive.size)}) and put it into "
-               f"{folder.resolve()} by hand, or use --data offline")
     try:
-        if not path.exists() and config.dry_run:
+        if config.dry_run and not path.exists():
             raise DataMissing(f"{path} is not there")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{archive.name}.lock"):
             if not path.exists():  # else another run has got it meanwhile
-                if (free := shutil.disk_usage(folder).free) < archive.size:
+                free = shutil.disk_usage(folder).free
+                if free < archive.size:
                     raise DataMissing(f"no room for {archive.name} in {folder}: "
                                       f"{format_size(free)} left")
                 download(archive, part, [*own, *archive.mirrors])
@@ -2877,14 +2872,14 @@ def fetch(archive: Archive, folder: Path, config: Config) -> Path:
             if file_md5(path) != archive.md5:
                 raise DataError(f"{path} is damaged (md5 differs from {archive.md5}); delete it "
                                 "and run again")
-    except DataMissing as problem:
-        raise DataMissing(f"{problem}; {by_hand}") from problem
-    except OSError as problem:
-        raise DataMissing(f"cannot use {folder}: {problem.strerror}; {by_hand}") from problem
+    except (DataMissing, OSError) as problem:
+        raise DataMissing(f"{problem}; get {archive.mirrors[0]} ({format_size(archive.size)}) and "
+                          f"put it into {folder.resolve()} by hand, or use --data "
+                          "offline") from problem
     return path
 
 
-def unpack(archive: Path, inside: str) -> Path:
+def unpack(archive: Path, inside: str) -> None:
     """Unpack a tar file beside itself, under a temporary name until it is complete."""
     from filelock import FileLock
     target = archive.parent / inside
@@ -2898,7 +2893,6 @@ def unpack(archive: Path, inside: str) -> Path:
                 os.replace(Path(scratch) / inside, target)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as problem:
         raise DataError(f"cannot unpack {archive}: {problem}") from problem
-    return target
 
 
 # -- the real data sets --------------------------------------------------------------------------
@@ -2917,6 +2911,8 @@ MNIST = tuple(
         ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c", 4_542)))
 IMDB = Archive("aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a", 84_125_825,
                ("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",))
+BATCHES = {**{f"data_batch_{i}": f"training batch {i} of 5".encode() for i in range(1, 6)},
+           "test_batch": b"testing batch 1 of 1"}  # CIFAR-10's files, and what is said in them
 DIGITS = [str(digit) for digit in range(10)]
 
 
@@ -2935,29 +2931,20 @@ def read_cifar10(config: Config) -> RawData:
     """CIFAR-10 from cifar-10-batches-py/, unpacked or downloaded first where needed."""
     inside = config.data_path / "cifar-10-batches-py"
     if not inside.is_dir():
-        inside = unpack(fetch(CIFAR10, config.data_path, config), inside.name)
+        unpack(fetch(CIFAR10, config.data_path, config), inside.name)
     pixels, labels = [], []
-    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        try:
+    for name, label in BATCHES.items():
+        with reading(inside / name, inside):
             blob = io.BytesIO((inside / name).read_bytes())
             batch = BatchUnpickler(blob, encoding="bytes").load()
+            said = batch.get(b"batch_label", label)
+            if said in BATCHES.values() and said != label:
+                raise ValueError(f"it says that it is {said.decode()}: were files swapped?")
             y = np.array(batch[b"labels"], dtype=np.int64)
             if not len(y) or not set(y) <= set(range(10)):
                 raise ValueError("labels outside 0-9")
-            said = re.fullmatch(rb"(train|test)ing batch (\d) of \d",
-                                batch.get(b"batch_label", b""))
-            expected = said and (f"data_batch_{int(said[2])}" if said[1] == b"train"
-                                 else "test_batch")
-            if said and name != expected:
-                raise ValueError(f"inside, it says that it is {said[0].decode()}: were files "
-                                 "swapped?")
             pixels.append(batch[b"data"].reshape(len(y), 3, 32, 32))
             labels.append(y)
-        except OSError as problem:
-            raise DataError(f"cannot read {inside / name}: {problem.strerror}") from problem
-        except Exception as problem:  # a damaged pickle can raise nearly anything
-            raise DataError(f"{inside / name} is damaged ({problem}); delete {inside} and run "
-                            "again") from problem
     official = [len(y) for y in labels] == [10_000] * 6
     classes = "airplane automobile bird cat deer dog frog horse ship truck".split()
     return RawData("CIFAR-10" if official else f"pictures in {inside.name}", classes,
@@ -2966,16 +2953,13 @@ def read_cifar10(config: Config) -> RawData:
 
 def read_idx(path: Path) -> np.ndarray:
     """MNIST's own array format, gzipped or not: two zero bytes, type 8, rank, sizes, bytes."""
-    try:
+    with reading(path):
         blob = path.read_bytes()
         blob = gzip.decompress(blob) if path.suffix == ".gz" else blob
-        rank = blob[3]
-        shape = tuple(int.from_bytes(blob[4 + 4 * i:8 + 4 * i], "big") for i in range(rank))
         if blob[:3] != b"\0\0\x08":
             raise ValueError("no IDX header")
-        return np.frombuffer(blob, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError) as problem:
-        raise DataError(f"{path} is damaged ({problem}); delete it and run again") from problem
+        shape = np.frombuffer(blob, ">u4", count=blob[3], offset=4).tolist()
+        return np.frombuffer(blob, np.uint8, offset=4 + 4 * blob[3]).reshape(shape)
 
 
 def read_mnist(config: Config) -> RawData:
@@ -2984,42 +2968,36 @@ def read_mnist(config: Config) -> RawData:
     plain = [inside / archive.name.removesuffix(".gz") for archive in MNIST]
     files = [path if path.exists() else fetch(archive, inside, config)
              for path, archive in zip(plain, MNIST, strict=True)]
-    x_train, y_train, x_test, y_test = (read_idx(path) for path in files)
+    x_train, y_train, x_test, y_test = map(read_idx, files)
     for x, y, path in ((x_train, y_train, files[0]), (x_test, y_test, files[2])):
         if x.shape != (len(y), 28, 28) or y.ndim != 1 or not len(y) or y.max() > 9:
             raise DataError(f"{path} and its labels do not fit together; delete {inside} and run "
                             "again")
     if len(y_train) < len(y_test):
-        raise DataError(f"{inside} has {len(y_train):,} training and {len(y_test):,} test samples: "
-                        "were files swapped?")
+        raise DataError(f"{inside} has more test than training samples: were files swapped?")
     official = (len(y_train), len(y_test)) == (60_000, 10_000)
     return RawData("MNIST" if official else "pictures in MNIST/raw", DIGITS,
                    np.concatenate((x_train, x_test))[:, None],
                    np.concatenate((y_train, y_test)).astype(np.int64), len(y_train))
 
 
-def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+def list_folder(folder: Path) -> list[Path]:
     """What a folder holds, in order, without what systems hide in it."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((each for each in entries if not each.name.startswith((".", "__MACOSX"))),
-                          key=lambda each: each.name)
-    except OSError as problem:
-        raise DataError(f"cannot read {folder}: {problem.strerror}") from problem
+    with reading(folder):
+        return sorted(path for path in folder.iterdir()
+                      if not path.name.startswith((".", "__MACOSX")))
 
 
-def file_mark(entry: os.DirEntry[str]) -> str:
+def file_mark(path: Path) -> str:
     """Changes when the file does."""
-    about = entry.stat()
-    return f"{about.st_size} {about.st_mtime_ns}"
+    about = path.stat()
+    return f"{path.name} {about.st_size} {about.st_mtime_ns}"
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: Path) -> str:
     """One text file; a NUL, which no text has, separates texts in the cache."""
-    try:
-        return decode(Path(path).read_bytes()).replace("\0", " ")
-    except OSError as problem:
-        raise DataError(f"cannot read {path}: {problem.strerror}") from problem
+    with reading(path):
+        return decode(path.read_bytes()).replace("\0", " ")
 
 
 def read_imdb(config: Config) -> RawData:
@@ -3029,23 +3007,20 @@ def read_imdb(config: Config) -> RawData:
     """
     inside = config.data_path / "aclImdb"
     if not inside.is_dir():
-        inside = unpack(fetch(IMDB, config.data_path, config), inside.name)
+        unpack(fetch(IMDB, config.data_path, config), inside.name)
     places = [inside / part / sense for part in ("train", "test") for sense in ("neg", "pos")]
-    if (inside / "train" / "unsup").is_dir():
-        places.append(inside / "train" / "unsup")
-    files = [[each for each in list_folder(place) if each.name.endswith(".txt")]
-             for place in places]
-    for place, found in zip(places[:4], files, strict=False):
-        if not found:
-            raise DataError(f"{place} holds no .txt file; delete {inside} and run again")
+    places += [place for place in [inside / "train" / "unsup"] if place.is_dir()]
+    files = [[path for path in list_folder(place) if path.suffix == ".txt"] for place in places]
     sizes = [len(found) for found in files]
-    key = json.dumps([[(each.name, file_mark(each)) for each in found] for found in files])
+    if 0 in sizes[:4]:
+        raise DataError(f"{places[sizes.index(0)]} holds no .txt file; delete {inside} and run "
+                        "again")
+    key = json.dumps([[file_mark(path) for path in found] for found in files])
     tokens = tokenize_once(config.data_path / "cache" / "aclImdb", key,
-                           lambda: [read_text(each.path) for found in files for each in found])
+                           lambda: [read_text(path) for found in files for path in found])
     name = "IMDb" if sizes[:4] == [12_500] * 4 else f"texts in {inside.name}"
     return RawData(name, ["negative", "positive"], tokens.texts, np.repeat([0, 1, 0, 1], sizes[:4]),
                    sizes[0] + sizes[1], packed=tokens)
-
 
 # -- the user's own data -------------------------------------------------------------------------
 
@@ -3055,10 +3030,8 @@ PICTURE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".
                    ".ppm", ".pgm", ".pbm")
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 TABLE_ENDINGS = (".csv", ".tsv", *JSON_ENDINGS)
-TEXT_COLUMNS = ("text", "review", "sentence", "content", "comment", "message", "body", "tweet",
-                "document")
-LABEL_COLUMNS = ("label", "class", "target", "sentiment", "category", "rating", "stars", "score",
-                 "y")
+TEXT_COLUMNS = "text review sentence content comment message body tweet document".split()
+LABEL_COLUMNS = "label class target sentiment category rating stars score y".split()
 Skipped = list[tuple[str, str]]  # names of what cannot be used, and why
 
 
@@ -3070,41 +3043,39 @@ class SampleFile:
     label: str
     part: str  # "" where nobody said it
     content: Any  # a path, or the text itself
-    mark: str = ""  # changes when the file does
+
+
+def list_files(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in those inside it, in order."""
+    for path in list_folder(folder):
+        if path.is_dir():
+            yield from list_files(path)
+        else:
+            yield path
 
 
 def list_samples(root: Path, endings: tuple[str, ...],
                  what: str) -> tuple[list[SampleFile], Skipped]:
     """The files of a folder with a folder a class, perhaps inside of train, val and test."""
-    found: list[SampleFile] = []
-    skipped: Skipped = []
-
-    def walk(folder: str, label: str, part: str) -> None:
-        for entry in list_folder(Path(folder)):
-            name = entry.path[len(str(root)):].replace(os.sep, "/").lstrip("/")
-            if entry.is_dir():
-                walk(entry.path, label, part)
-            elif not entry.name.lower().endswith(endings):
-                skipped.append((name, f"its ending is not that of {what}"))
-            else:
-                try:
-                    found.append(SampleFile(name, label, part, entry.path, file_mark(entry)))
-                except OSError as problem:  # a link that leads nowhere
-                    skipped.append((name, f"cannot be read ({problem.strerror})"))
-
-    def folders(place: str | Path) -> list[os.DirEntry[str]]:
-        return [entry for entry in list_folder(Path(place)) if entry.is_dir()]
-
-    while len(inside := list_folder(root)) == 1 and inside[0].is_dir() and folders(inside[0].path):
-        root = Path(inside[0].path)  # archives often hold one folder around all
-    classes = [(entry, "") for entry in folders(root)]
-    in_parts = [(one, PART_NAMES[entry.name.lower()]) for entry, _ in classes
-                if entry.name.lower() in PART_NAMES for one in folders(entry.path)]
-    has_train = any(part == "train" for _, part in in_parts)
-    for entry, part in in_parts if has_train else classes:
-        walk(entry.path, entry.name, part)
+    while len(inside := list_folder(root)) == 1 and any(map(Path.is_dir, inside[0].glob("*"))):
+        root = inside[0]  # archives often hold one folder around all
+    files = [path.relative_to(root) for path in list_files(root)]
+    outermost = {path.parts[0].lower() for path in files if len(path.parts) > 2}
+    in_parts = "train" in {PART_NAMES.get(name) for name in outermost}
+    found, skipped = [], []
+    for path in files:
+        *folders, name = path.parts
+        part = PART_NAMES.get(folders.pop(0).lower(), "") if in_parts and folders else ""
+        if not folders or (in_parts and not part):
+            continue  # it lies beside the folders of the classes
+        if not name.lower().endswith(endings):
+            skipped.append((path.as_posix(), f"its ending is not that of {what}"))
+        elif not (root / path).is_file():
+            skipped.append((path.as_posix(), "a link that leads nowhere"))
+        else:
+            found.append(SampleFile(path.as_posix(), folders[0], part, root / path))
     if not found:
-        beside = any(entry.name.lower().endswith(endings) for entry in inside)
+        beside = any(path.name.lower().endswith(endings) for path in inside)
         raise DataError(f"{root} holds {what} but no folder for each class" if beside else
                         f"{root} holds no {what} in folders; expected one folder a class, as "
                         f"{root / 'cat'}")
@@ -3121,14 +3092,13 @@ def assign_parts(found: list[SampleFile], config: Config) -> list[SampleFile]:
         return sorted(rows.tolist(), key=lambda i: hashlib.blake2b(
             rest[i].name.encode("utf-8", "replace")).digest())
 
-    rest = [one for one in found if one.part != "val"]
     if not any(one.part == "test" for one in found):
-        labels = np.unique([one.label for one in rest], return_inverse=True)[1]
-        order = stratified_order(labels, shuffle)
+        rest = [one for one in found if one.part != "val"]
+        order = stratified_order(np.array([one.label for one in rest]), shuffle)[::-1]
         n_test = max(1, round(len(rest) * config.test_fraction))
-        for place, i in enumerate(order):
-            rest[i].part = "test" if place < n_test else "train"
-        found = [rest[i] for i in order[::-1]] + [one for one in found if one.part == "val"]
+        for i in order[-n_test:]:
+            rest[i].part = "test"
+        found = [*(rest[i] for i in order), *(one for one in found if one.part == "val")]
     return sorted(found, key=lambda one: PARTS.index(one.part or "train"))
 
 
@@ -3145,51 +3115,48 @@ def own_raw_data(name: str, x: Any, found: list[SampleFile], skipped: Skipped,
                  **more: Any) -> RawData:
     """The user's samples as a data set."""
     classes = class_names(name, found)
-    number = {label: i for i, label in enumerate(classes)}
+    y = pd.Categorical([one.label for one in found], classes).codes.astype(np.int64)
     parts = [one.part for one in found]
-    return RawData(name, classes, x, np.array([number[one.label] for one in found], np.int64),
-                   len(parts) - parts.count("test"), n_val=parts.count("val"),
+    return RawData(name, classes, x, y, len(parts) - parts.count("test"), n_val=parts.count("val"),
                    names=[one.name for one in found], skipped=skipped, **more)
 
 
 def picture_format(found: list[SampleFile], config: Config) -> Meta:
     """Side and channels for these pictures, from the heads of some of their files."""
     from PIL import Image
-    sides, grey = [], True
+    sides, modes = [], set()
     for i in np.random.default_rng(0).permutation(len(found))[:1000]:
         with contextlib.suppress(Exception), Image.open(found[i].content) as file:
             sides.append(min(file.size))
-            grey = grey and file.mode in ("1", "L", "LA", "I", "F", "I;16")
+            modes.add(file.mode)
     if not sides:
         raise DataError(f"none of the pictures can be read, for example {found[0].name}")
-    side = config.image_size or min(64, max(8, int(np.median(sides))))
-    colour = config.colour if config.colour != "auto" else "grey" if grey else "rgb"
-    return {"side": side, "channels": {"grey": 1, "rgb": 3}[colour], "paper": False}
+    grey = config.colour == "grey" or (
+        config.colour == "auto" and modes <= {"1", "L", "LA", "I", "F", "I;16"})
+    return {"side": config.image_size or min(64, max(8, int(np.median(sides)))),
+            "channels": 1 if grey else 3, "paper": False}
 
 
 def decode_pictures(found: list[SampleFile], form: Meta, place: Path) -> None:
-    """Write pixels.npy with all pictures, and why.npy with what is wrong with the broken ones."""
-    def read(one: SampleFile) -> np.ndarray | str:
-        try:
-            return read_picture(one.content, form)
-        except UnreadableSample as problem:
-            return str(problem).replace(one.content, Path(one.content).name)
-
-    broken: dict[int, str] = {}
+    """Write pixels.npy with all pictures; broken.npy and why.npy say which are not, and why."""
+    from joblib import Parallel, delayed
     shape = (len(found), form["channels"], form["side"], form["side"])
     pixels = np.lib.format.open_memmap(place / "pixels.npy", "w+", np.uint8, shape)
-    with (progress_bar(len(found), " pictures") as bar,
-          ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool):
-        bar.set_description("decoding")
-        for first in range(0, len(found), 512):  # some at a time: what is decoded waits in memory
-            for i, picture in enumerate(pool.map(read, found[first:first + 512]), first):
-                if isinstance(picture, str):
-                    broken[i] = picture
-                else:
-                    pixels[i] = picture
-                bar.update()
-    pixels.flush()
-    np.save(place / "why.npy", np.frombuffer(json.dumps(broken).encode(), np.uint8))
+
+    def decode_one(i: int) -> str:
+        """What is wrong with this picture; nothing if it is among the pixels now."""
+        bar.update()
+        try:
+            pixels[i] = read_picture(found[i].content, form)
+        except UnreadableSample as problem:
+            return str(problem)
+        return ""
+
+    with progress_bar(len(found), " pictures", desc="decoding") as bar:
+        reasons = Parallel(-1, prefer="threads")(map(delayed(decode_one), range(len(found))))
+    broken = [i for i, why in enumerate(reasons) if why]
+    np.save(place / "broken.npy", broken)
+    np.save(place / "why.npy", [reasons[i] for i in broken])
 
 
 def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
@@ -3199,9 +3166,8 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
         raise DataMissing(f"--data {root}: " + (
             "a file; unpack it, and give the folder" if root.exists() else "no such folder"))
     name = root.resolve().name
-    found, skipped = list_samples(root, PICTURE_ENDINGS,
-                                  f"pictures ({', '.join(PICTURE_ENDINGS[:4])} ...)")
-    class_names(name, found)
+    found, skipped = list_samples(root, PICTURE_ENDINGS, "pictures (.jpg, .jpeg, .jfif, .png ...)")
+    class_names(name, found)  # refuses a single class before the long work
     found = assign_parts(found, config)
     form = picture_format(found, config)
 
@@ -3211,9 +3177,9 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
 
     which = f"{root.resolve()} {config.image_size} {config.colour}"
     folder = config.data_path / "cache" / f"{name}-{short_hash(os.fsencode(which))}"
-    key = json.dumps([VERSION, form, [(one.name, one.mark) for one in found]])
+    key = json.dumps([VERSION, form, [(one.name, file_mark(one.content)) for one in found]])
     made = cached_arrays(folder, key, make)
-    broken = {int(i): why for i, why in json.loads(made["why.npy"].tobytes()).items()}
+    broken = dict(zip(made["broken.npy"].tolist(), made["why.npy"].tolist(), strict=True))
     if len(broken) == len(found):
         raise DataError(f"{root}: none of the pictures can be read, for example {found[0].name}: "
                         f"{broken[0]}")
@@ -3225,50 +3191,46 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
 
 def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
     """A table, CSV, TSV or JSON lines, its rows numbered from 1; and the lines that are none."""
-    try:
+    with reading(path):
         blob = path.read_bytes()
-    except OSError as problem:
-        raise DataMissing(f"--data {path}: {problem.strerror}") from problem
     wide = blob.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = (blob.decode("utf-16", "replace") if wide
-            else decode(blob.removeprefix(codecs.BOM_UTF8))).replace("\0", " ")
-    json_lines = path.suffix.lower() in JSON_ENDINGS
-    table, skipped = (read_objects(text) if json_lines
-                      else (read_cells(text, path.suffix.lower() == ".tsv"), []))
+    text = blob.decode("utf-16", "replace") if wide else decode(blob.removeprefix(codecs.BOM_UTF8))
+    text, ending = text.replace("\0", " "), path.suffix.lower()
+    skipped: Skipped = []
+    table = (read_objects(text, skipped) if ending in JSON_ENDINGS
+             else read_cells(text, "\t" if ending == ".tsv" else ",;\t|"))
     if not len(table):
         raise DataError(f"{path} holds no rows")
     return table, skipped
 
 
-def read_objects(text: str) -> tuple[pd.DataFrame, Skipped]:
+def read_objects(text: str, skipped: Skipped) -> pd.DataFrame:
     """JSON objects, one a line or all in one array; a bad line costs itself alone."""
-    found: list[Any] = []
-    if text.lstrip().startswith("["):
+    def parse(line: str) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
-            found = json.loads(text)
-    for line in () if found else filter(str.strip, text.splitlines()):
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            found.append(None)
-    good = {i: row for i, row in enumerate(found, 1) if isinstance(row, dict)}
-    skipped = [(f"row {i}", "not a JSON object") for i in range(1, len(found) + 1) if i not in good]
-    return pd.DataFrame([*good.values()], [*good], dtype=object), skipped
+            return json.loads(line)
+        return None
+
+    rows = parse(text)
+    if not isinstance(rows, list):
+        rows = [parse(line) for line in text.split("\n") if line.strip()]
+    good = {i: row for i, row in enumerate(rows, 1) if isinstance(row, dict)}
+    skipped += [(f"row {i}", "not a JSON object") for i in range(1, len(rows) + 1) if i not in good]
+    return pd.DataFrame([*good.values()], [*good], dtype=object)
 
 
-def read_cells(text: str, tabs: bool) -> pd.DataFrame:
+def read_cells(text: str, separators: str) -> pd.DataFrame:
     """Rows of cells, under the names in the first one, or numbered if that is like the others."""
     first = next(filter(str.strip, text.splitlines()), "")
-    separator = "\t" if tabs else max(",;\t|", key=first.count)
     # Not pandas' reader: it loses long cells and all that follows an unclosed quote.
     csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(separators, key=first.count))
     rows = [cells for cells in lines if any(map(str.strip, cells))]
     if not rows:
         return pd.DataFrame()
-    width = len(rows[0])
-    table = pd.DataFrame([(cells + [None] * width)[:width] for cells in rows], dtype=object)
     head = [cell.strip() for cell in rows[0]]
+    width = len(head)
+    table = pd.DataFrame([(cells + [None] * width)[:width] for cells in rows], dtype=object)
     usual = {name.lower() for name in head} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
     repeats = any(head[i] in set(table[i].iloc[1:1000]) for i in table)
     if not usual and (repeats or max(map(len, head)) > 60):
@@ -3286,23 +3248,21 @@ def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
             raise UsageError(f"{flag} {name}: {path} has no such column{nearest(name, columns)}; "
                              f"it has {shorten(columns, 200)}")
     some = table.iloc[:2000]
-    length = {name: some[name].map(lambda v: len(v) if isinstance(v, str) else 0).mean()
-              for name in columns}
-    variety = {name: some[name].astype(str).nunique() for name in columns}
+    others = {name.lower(): name for name in columns if name not in (text, label)}
 
-    def called(usual: tuple[str, ...], among: list[str]) -> list[str]:
-        exactly = [name for one in usual for name in among if name.lower() == one]
-        return exactly[:1] or [name for name in among
-                               if {*usual} & {*re.split(r"[\W_]+", name.lower())}]
+    def usual(known: list[str]) -> str:
+        return next((others.pop(name) for name in known if name in others), "")
 
-    others = [name for name in columns if name not in (text, label)]
-    label = label or min(called(LABEL_COLUMNS, others), key=variety.__getitem__, default="")
-    others = [name for name in others if name != label]
-    longest = max(others, key=length.__getitem__, default="")
-    named = [name for name in called(TEXT_COLUMNS, others) if 5 * length[name] > length[longest]]
-    text = text or max(named, key=length.__getitem__, default=longest)
-    others = [name for name in others if name != text and variety[name] > 1]
-    label = label or min(others, key=variety.__getitem__, default="")
+    def mean_length(name: str) -> float:
+        return some[name].map(lambda value: len(value) if isinstance(value, str) else 0).mean()
+
+    def variety(name: str) -> int:
+        return some[name].astype(str).nunique()
+
+    label = label or usual(LABEL_COLUMNS)
+    text = text or usual(TEXT_COLUMNS) or max(others.values(), key=mean_length, default="")
+    label = label or min((name for name in others.values() if name != text and variety(name) > 1),
+                         key=variety, default="")
     if not text or (labelled and not label):
         what, flag = ("classes", "--label-column") if text else ("texts", "--text-column")
         raise DataError(f"{path}: no column with {what} was found; name it with {flag}")
@@ -3315,10 +3275,10 @@ def list_rows(path: Path, config: Config,
     table, skipped = read_table(path)
     text, label = find_columns(table, path, config.text_column, config.label_column)
     say(f"Columns {text} (the text) and {label} (the class) of {path.name}")
-    split = next((name for name in table if name.lower() in ("split", "part", "subset")), "")
-    parts = table[split or text].astype(str).str.strip().str.lower()
-    if not split or not set(parts) <= set(PART_NAMES):
-        parts = pd.Series("", table.index)  # no such column, or one that means something else
+    split = next((name for name in table if name.lower() in ("split", "part", "subset")), text)
+    parts = table[split].astype(str).str.strip().str.lower().map(PART_NAMES)
+    if parts.isna().any():  # no such column, or one that means something else
+        parts = pd.Series("", table.index)
     found = []
     for row, content, said, part in zip(table.index, table[text], table[label], parts, strict=True):
         if isinstance(said, dict | list) or pd.isna(said) or not str(said).strip():
@@ -3326,7 +3286,6 @@ def list_rows(path: Path, config: Config,
         elif not isinstance(content, str) or not content.strip():
             skipped.append((f"row {row}", f"no text in the column {text}"))
         else:
-            part = PART_NAMES.get(part, "")
             found.append(SampleFile(f"row {row}", str(said).strip(), part, content))
     kinds = len({one.label for one in found})
     if kinds > max(50, len(found) // 4) or kinds > 2000:
@@ -3342,8 +3301,6 @@ def read_texts(config: Config, say: Callable[[str], Any]) -> RawData:
         raise DataMissing(f"--data {path}: no such file or folder")
     if path.is_dir():
         found, skipped = list_samples(path, (".txt",), "texts (.txt)")
-        if sum(name.lower().endswith(PICTURE_ENDINGS) for name, _ in skipped) > len(found):
-            raise UsageError(f"--data {path}: mostly pictures; try --task images")
         for one in found:
             one.content = read_text(one.content)
         skipped += [(one.name, "no text in it") for one in found if not one.content.strip()]
@@ -3354,11 +3311,10 @@ def read_texts(config: Config, say: Callable[[str], Any]) -> RawData:
         raise DataError(f"{path}: none of the {len(skipped):,} samples can be used; the first: "
                         f"{skipped[0][1]}")
     found = assign_parts(found, config)
-    texts, packed = [one.content.replace("\0", " ") for one in found], None
-    name = path.resolve().stem
+    texts = [one.content.replace("\0", " ") for one in found]
+    name, packed = path.resolve().stem, None
     if sum(map(len, texts)) > 5_000_000:  # cutting takes seconds
-        key = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
-        packed = tokenize_once(config.data_path / "cache" / name, key, lambda: texts)
+        packed = tokenize_once(config.data_path / "cache" / name, "\0".join(texts), lambda: texts)
     return own_raw_data(name, texts, found, skipped, text_column=column, packed=packed)
 
 
@@ -3399,38 +3355,39 @@ SHAPES: dict[str, Callable[..., np.ndarray]] = {  # u, v in [-1, 1]; r, a: as ra
 }
 
 
+def turned(across: np.ndarray, down: np.ndarray,
+           angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates in a frame that is turned by this angle."""
+    return (across * np.cos(angle) + down * np.sin(angle),
+            down * np.cos(angle) - across * np.sin(angle))
+
+
 def draw_shapes(y: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Pictures uint8 [n, 3, 32, 32] of these shapes, and where they are, bool [n, 32, 32]."""
-    n = len(y)
-
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
-        return random.uniform(low, high, (n, *shape)).astype(np.float32)
+        return random.uniform(low, high, (len(y), *shape)).astype(np.float32)
 
     fine = (np.arange(64, dtype=np.float32) + 0.5) / 2  # twice as fine, averaged: smooth edges
-    size, turn = uniform(7, 12, 1, 1), uniform(-0.6, 0.6, 1, 1)
-    across = fine[None, None, :] - uniform(11, 21, 1, 1)
-    down = fine[None, :, None] - uniform(11, 21, 1, 1)
-    u = (across * np.cos(turn) + down * np.sin(turn)) / size
-    v = (down * np.cos(turn) - across * np.sin(turn)) / size
-    r, angle = np.hypot(u, v), np.arctan2(v, u)
-    cover = np.zeros((n, 64, 64), np.float32)
+    size, angle = uniform(7, 12, 1, 1), uniform(-0.6, 0.6, 1, 1)
+    across, down = fine - uniform(11, 21, 1, 1), fine[:, None] - uniform(11, 21, 1, 1)
+    u, v = (moved / size for moved in turned(across, down, angle))
+    frame = (u, v, np.hypot(u, v), np.arctan2(v, u))
+    cover = np.zeros(u.shape, np.float32)
     for label, inside in enumerate(SHAPES.values()):
-        rows = y == label
-        cover[rows] = inside(u[rows], v[rows], r[rows], angle[rows])
-    cover = cover.reshape(n, 32, 2, 32, 2).mean((2, 4))[:, None]  # [n, 1, 32, 32]
+        cover[y == label] = inside(*(each[y == label] for each in frame))
+    cover = cover.reshape(-1, 1, 32, 2, 32, 2).mean((3, 5))
 
     place = np.arange(32, dtype=np.float32) + 0.5
     back, fore = uniform(0, 0.6, 3, 1, 1), uniform(0.4, 1, 3, 1, 1)  # mostly lighter than behind
-    picture = back + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)[None, None, None, :]
-    picture = picture + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)[None, None, :, None]
+    picture = back + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)
+    picture = picture + uniform(-0.3, 0.3, 3, 1, 1) * (place / 32 - 0.5)[:, None]
     for k in range(6):  # clutter: short strokes, the last one over the shape
         if k == 5:
             picture = picture * (1 - cover) + fore * cover
-        turn, middle = uniform(0, np.pi, 1, 1), uniform(2, 30, 2, 1, 1)
-        across, down = place[None, None, :] - middle[:, 0], place[None, :, None] - middle[:, 1]
-        along = abs(across * np.cos(turn) + down * np.sin(turn)) < uniform(2, 7, 1, 1)
-        beside = abs(down * np.cos(turn) - across * np.sin(turn)) < uniform(0.6, 1.6, 1, 1)
-        picture = np.where((along & beside)[:, None], uniform(0, 1, 3, 1, 1), picture)
+        angle, middle = uniform(0, np.pi, 1, 1), uniform(2, 30, 2, 1, 1)
+        along, beside = turned(place - middle[:, 0], place[:, None] - middle[:, 1], angle)
+        stroke = (abs(along) < uniform(2, 7, 1, 1)) & (abs(beside) < uniform(0.6, 1.6, 1, 1))
+        picture = np.where(stroke[:, None], uniform(0, 1, 3, 1, 1), picture)
     picture = picture + random.normal(0, 0.05, picture.shape)
     return (picture.clip(0, 1) * 255).astype(np.uint8), cover[:, 0] > 0.5
 
@@ -3451,7 +3408,7 @@ def make_digits() -> RawData:
     from sklearn.datasets import load_digits
     digits = load_digits()
     order = stratified_order(digits.target, np.random.default_rng(0).permutation)
-    order = np.concatenate((order[360:], order[:360]))  # a fixed test part: the first fifth
+    order = np.roll(order, -360)  # a fixed test part: the first fifth
     x = torch.from_numpy(digits.images[order] * (255 / 16)).float()[:, None]
     x = F.pad(F.interpolate(x, (24, 24), mode="bilinear", align_corners=False), (2, 2, 2, 2))
     return RawData("offline digits (stand-in, not MNIST)", DIGITS,
@@ -3465,25 +3422,22 @@ PRAISE = ("good great wonderful moving funny clever charming brilliant delightfu
 BLAME = ("bad awful terrible boring clumsy stupid annoying dreadful dull tedious poor fake cold "
          "stale ugly").split()
 DEGREES = ["", "", "", *"very really truly quite so rather absolutely".split()]
+PLAIN = ("the {thing} was {degree} {word} | i found the {thing} {degree} {word} | "
+         "{degree} {word} {thing} | what a {degree} {word} {thing}").split(" | ")
+NEGATED = ("the {thing} was not at all {degree} {word} | nobody could call the {thing} {degree} "
+           "{word} | i did not find the {thing} {degree} {word} | the {thing} was never for a "
+           "moment {degree} {word} | hardly what i would call {degree} {word} {thing}").split(" | ")
+CONTRASTS = ("{lost} , but in the end {won} | although {lost} , still {won} | {won} , although to "
+             "be fair {lost} | {won} , even if some say {lost} | {lost} , and yet {won}"
+             ).split(" | ")
 FILLERS = (
-    "i saw it on a tuesday with my brother", "the film runs for about two hours",
-    "we sat in the third row", "it was shot in a small town by the sea",
-    "the tickets were cheaper than last time", "my friend picked this one",
-    "the director made a few others before", "it opens with a train at night",
-    "there are five main characters", "the book came out some years ago",
-    "most of it happens in one house", "it is set in the seventies",
-    "a neighbour had told me about it", "the cinema was half full that evening",
-    "i had read nothing about it")
-PLAIN = ("the {thing} was {degree} {word}", "i found the {thing} {degree} {word}",
-         "{degree} {word} {thing}", "what a {degree} {word} {thing}")
-NEGATED = ("the {thing} was not at all {degree} {word}",
-           "nobody could call the {thing} {degree} {word}",
-           "i did not find the {thing} {degree} {word}",
-           "the {thing} was never for a moment {degree} {word}",
-           "hardly what i would call {degree} {word} {thing}")
-CONTRASTS = ("{lost} , but in the end {won}", "although {lost} , still {won}",
-             "{won} , although to be fair {lost}", "{won} , even if some say {lost}",
-             "{lost} , and yet {won}")
+    "i saw it on a tuesday with my brother | the film runs for about two hours | we sat in "
+    "the third row | it was shot in a small town by the sea | the tickets were cheaper than "
+    "last time | my friend picked this one | the director made a few others before | it opens "
+    "with a train at night | there are five main characters | the book came out some years "
+    "ago | most of it happens in one house | it is set in the seventies | a neighbour had "
+    "told me about it | the cinema was half full that evening | i had read nothing about it"
+    ).split(" | ")
 
 
 def make_reviews(n_train: int = 6000, n_test: int = 2000) -> RawData:
@@ -3516,7 +3470,6 @@ def make_reviews(n_train: int = 6000, n_test: int = 2000) -> RawData:
     y = random.permutation(np.arange(n_train + n_test) % 2)
     return RawData("offline reviews (stand-in, not IMDb)", ["negative", "positive"],
                    [review(int(label)) for label in y], y, n_train, "offline-reviews")
-
 
 # ================================================================================================
 # 8  Tasks
@@ -4614,41 +4567,23 @@ def plot_comparison(runs: pd.DataFrame, path: Path, title: str) -> None:
 #     What the numbers say. Each sentence is computed, and left out where it would be untrue.
 # ================================================================================================
 
+# Blue and orange are told apart by every kind of colour vision, on light and on dark screens.
 STYLE = """
   :root { color-scheme: light dark; --right: light-dark(#0072b2, #56b4e9);
-          --wrong: light-dark(#b34700, #ff9a4d); --line: light-dark(#d0d0d0, #505050);
-          --soft: light-dark(#f3f4f6, #24262a); }
-  body { font: 16px/1.55 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto;
-         padding: 0 1rem; }
-  h1 { font-size: 1.5rem; line-height: 1.3; }
-  h2 { font-size: 1.2rem; margin: 2.2rem 0 0.5rem; border-bottom: 1px solid var(--line);
-       padding-bottom: 0.2rem; }
-  h3 { font-size: 1rem; margin: 1.4rem 0 0.3rem; }
-  p { margin: 0.4rem 0; }
-  .banner { border: 2px solid var(--wrong); border-radius: 6px; padding: 0.6rem 1rem;
-            font-weight: 600; }
-  .headline { font-size: 1.1rem; background: var(--soft); border-radius: 6px;
-              padding: 0.7rem 1rem; }
-  .right { color: var(--right); } .wrong { color: var(--wrong); }
-  .words { line-height: 1.7; overflow-wrap: anywhere; }
-  mark { color: inherit; border-radius: 3px; padding: 0.05em 0.15em;
-         background: rgb(213 94 0 / calc(0.75 * var(--dark))); }
+          --wrong: light-dark(#b34700, #ff9a4d); --line: light-dark(#d0d0d0, #505050); }
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: auto; padding: 1rem; }
+  h1, h2 { font-size: 1.3rem; }
+  h3 { font-size: 1rem; margin-bottom: 0; }
+  .headline { font-size: 1.15rem; font-weight: 600; }
+  .banner { border: 2px solid var(--wrong); padding: 0.6rem 1rem; font-weight: 600; }
+  .right { color: var(--right); } .wrong { color: var(--wrong); } .code { font-family: monospace; }
+  mark { color: inherit; background: rgb(213 94 0 / calc(0.75 * var(--dark))); }
   mark.against { background: rgb(0 114 178 / calc(0.75 * var(--dark))); }
-  nav ul { padding-left: 1.2rem; margin: 0.3rem 0; }
-  figure { margin: 1rem 0; break-inside: avoid; }
-  figure img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-  .wide { overflow-x: auto; }
-  table { border-collapse: collapse; margin: 0.8rem 0; font-variant-numeric: tabular-nums; }
-  caption { text-align: left; font-weight: 600; padding-bottom: 0.3rem; }
-  th, td { padding: 0.2rem 0.8rem 0.2rem 0; border-bottom: 1px solid var(--line); text-align: right;
-           vertical-align: top; }
-  th:first-child, td:first-child, .facts td, .facts th { text-align: left; font-weight: normal; }
-  .facts td { overflow-wrap: anywhere; }
-  code { font-size: 0.9em; overflow-wrap: anywhere; }
-  @media (max-width: 30rem) { table { font-size: 0.87rem; } th, td { padding-right: 0.45rem; } }
-  @media print { :root { color-scheme: light; }
-                 body { margin: 0; max-width: none; font-size: 11pt; }
-                 h2, h3 { break-after: avoid; } tr { break-inside: avoid; } nav { display: none; } }
+  figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
+  p, td { overflow-wrap: anywhere; } .wide { overflow-x: auto; }
+  table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
+  td, th { padding-right: 0.8rem; border-bottom: 1px solid var(--line); text-align: right; }
+  tr > :first-child, tr > :nth-child(2):last-child { text-align: left; font-weight: normal; }
 """
 
 TEMPLATES = {"macros": """
@@ -4657,32 +4592,14 @@ TEMPLATES = {"macros": """
  src="{{ data_uri(png) }}">
 {% endmacro %}
 
-{% macro figure(png, finding, name) %}
-<figure>{{ image(png, name + ": " + finding) }}<figcaption>{{ finding }}</figcaption></figure>
-{% endmacro %}
-
-{% macro table(caption, frame, facts) %}
-<div class="wide" role="region" aria-label="{{ caption }}" tabindex="0">
-<table class="{{ 'facts' if facts else 'numbers' }}"><caption>{{ caption }}</caption>
-{% if not facts %}
-<tr>{% for name in frame.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
-{% endif %}
-{% for row in frame.itertuples(index=False, name=None) %}
-<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% endmacro %}
-
 {% macro words(texts) %}
 {% for verdict, words in texts %}
 <h3 class="{{ 'wrong' if '✗' in verdict.line else 'right' }}">{{ verdict.line }}</h3>
 <p class="words">
 {% for word, weight, dark in words %}
-{% if dark %}
+{% if not dark %}{{ word }} {% else %}
 <mark class="{{ 'for' if dark > 0 else 'against' }}" style="--dark:{{ '%.2f' % dark|abs }}"
  title="weight {{ '%.1f' % (100 * weight) }}%">{{ word }}</mark>
-{% else %}
-{{ word }}
 {% endif %}
 {% endfor %}
 </p>
@@ -4692,14 +4609,23 @@ TEMPLATES = {"macros": """
 {% macro block(it) %}
 {% if it.kind == "text" %}
 {% for sentence in it.sentences %}<p class="{{ it.style }}">{{ sentence }}</p>{% endfor %}
-
-{% elif it.kind == "code" %}<p><code>{{ it.code }}</code></p>
-{% elif it.kind == "table" %}{{ table(it.caption, it.frame, it.facts) }}
-{% elif it.kind == "figure" %}{{ figure(it.png, it.finding, it.name) }}
-{% elif it.kind == "words" %}<p>{{ it.finding }}</p>{{ words(it.texts) }}
+{% elif it.kind == "figure" %}
+<figure>{{ image(it.png, it.name + ": " + it.finding) }}
+<figcaption>{{ it.finding }}</figcaption></figure>
+{% elif it.kind == "words" %}
+<p>{{ it.finding }}</p>{{ words(it.texts) }}
+{% else %}
+<div class="wide" role="region" aria-label="{{ it.caption }}" tabindex="0">
+<table><caption>{{ it.caption }}</caption>
+<tr>{% for name in it.frame.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
+{% for row in it.frame.itertuples(index=False, name=None) %}
+<tr><th scope="row">{{ row[0] }}</th>
+{%- for cell in row[1:] %}<td>{{ "–" if cell != cell else cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
 {% endif %}
 {% endmacro %}
-""", "page": """<!DOCTYPE html>
+""", "page": """{% import "macros" as m %}<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -4708,51 +4634,36 @@ TEMPLATES = {"macros": """
 <style>{{ style|safe }}</style>
 </head>
 <body>
-<h1>{% for line in title.splitlines() %}
-{{ line }}{{ "" if loop.last else "<br>"|safe }}
-{% endfor %}</h1>
-{% block body %}{% endblock %}
-</body>
-</html>
-""", "report": """{% extends "page" %}{% import "macros" as m with context %}{% block body %}
-{% for warning in warnings %}
-<p class="banner">{{ warning }}</p>
-{% endfor %}
+<h1>{{ title.splitlines()|join("<br>"|safe) }}</h1>
+{% block body %}
+{% for banner in banners %}<p class="banner">{{ banner }}</p>{% endfor %}
 <nav aria-label="Contents"><ul>
-{% for heading, _ in sections %}
-<li><a href="#{{ anchor(heading) }}">{{ heading }}</a></li>
-{% endfor %}
+{% for heading in sections %}<li><a href="#part-{{ loop.index }}">{{ heading }}</a></li>{% endfor %}
 </ul></nav>
-{% for heading, blocks in sections %}
-<section id="{{ anchor(heading) }}">
+{% for heading, blocks in sections.items() %}
+<section id="part-{{ loop.index }}">
 <h2>{{ heading }}</h2>
-{% for it in blocks %}{{ m.block(it) }}{% endfor %}
+{% for it in blocks if it %}{{ m.block(it) }}{% endfor %}
 </section>
 {% endfor %}
 {% endblock %}
-""", "words": """{% extends "page" %}{% import "macros" as m with context %}{% block body %}
-{{ m.words(texts) }}{% endblock %}
-""", "notebook": """{% import "macros" as m with context %}<p><b>{{ title }}</b></p>
+</body>
+</html>
+""", "words": """{% extends "page" %}{% block body %}{{ m.words(texts) }}{% endblock %}
+""", "notebook": """{% import "macros" as m %}<p><b>{{ title }}</b></p>
 {% for name, png in figures.items() %}<p><b>{{ name }}</b></p>{{ m.image(png, name) }}{% endfor %}
 """, "frame": """<iframe srcdoc="{{ page }}" sandbox="allow-same-origin" title="report"
  style="width: 100%; height: 800px; border: 1px solid #bbb"></iframe>
 """}
 
 
-@functools.cache
-def templates() -> Any:
-    """The one environment in which pages are made; it escapes all that is put into them."""
+def render(template: str, **context: Any) -> str:
+    """A page, or a part of one; all that is put into it is escaped."""
     import jinja2
     made = jinja2.Environment(loader=jinja2.DictLoader(TEMPLATES), autoescape=True,
                               trim_blocks=True, lstrip_blocks=True)
-    made.globals.update(style=STYLE, data_uri=data_uri, png_size=png_size,
-                        anchor=lambda heading: re.sub("[^a-z]+", "-", heading.lower()))
-    return made
-
-
-def render(template: str, **context: Any) -> str:
-    """A page, or a part of one."""
-    return str(templates().get_template(template).render(**context))
+    made.globals.update(style=STYLE, data_uri=data_uri, png_size=png_size)
+    return made.get_template(template).render(**context)
 
 
 def data_uri(png: bytes) -> str:
@@ -4781,19 +4692,18 @@ Block = dict[str, Any]
 
 def text_block(*sentences: str, style: str = "") -> Block:
     """Paragraphs."""
-    return {"kind": "text", "sentences": [text for text in sentences if text], "style": style}
+    return {"kind": "text", "sentences": sentences, "style": style}
 
 
-def table_block(caption: str, frame: pd.DataFrame | dict[str, Any]) -> Block | None:
-    """A table of what is already formatted; a dict is one of facts, without a head line."""
-    facts = isinstance(frame, dict)
-    table = pd.DataFrame(frame.items()) if isinstance(frame, dict) else frame
-    block = {"kind": "table", "caption": caption, "frame": table, "facts": facts}
-    return block if len(table) else None
+def table_block(caption: str, table: pd.DataFrame | dict[str, Any]) -> Block:
+    """A table; a dict is one of facts."""
+    if isinstance(table, dict):
+        table = pd.DataFrame(table.items(), columns=["what", "value"])
+    return {"kind": "table", "caption": caption, "frame": table.round(3)}
 
 
 def figure_block(path: Path, finding: str) -> Block | None:
-    """A figure, if it was drawn, and what it shows."""
+    """A figure and what it shows, or None if it was not drawn."""
     return {"kind": "figure", "png": path.read_bytes(), "finding": finding,
             "name": path.stem.replace("_", " ")} if path.exists() else None
 
@@ -4801,12 +4711,11 @@ def figure_block(path: Path, finding: str) -> Block | None:
 def write_sections(path: Path, title: str, sections: dict[str, list[Block | None]],
                    stand_ins: Sequence[str] = (), ended: str = "") -> None:
     """A page that needs nothing but itself; banners say what keeps it from being the real thing."""
-    warnings = [f"Trained on {', '.join(dict.fromkeys(stand_ins))}: good for trying out, not for "
-                "claims."] if stand_ins else []
-    warnings += [f"This training was {ended}: a report of what there is."] if ended else []
-    kept = [(heading, [block for block in blocks if block]) for heading, blocks in sections.items()]
-    write_text(path, render("report", title=title, warnings=warnings,
-                            sections=[(heading, blocks) for heading, blocks in kept if blocks]))
+    banners = [f"Trained on {name}: good for trying out, not for claims."
+               for name in dict.fromkeys(stand_ins)]
+    if ended:
+        banners.append(f"This training was {ended}: a report of what there is.")
+    write_text(path, render("page", title=title, banners=banners, sections=sections))
 
 
 # -- sentences -----------------------------------------------------------------------------------
@@ -4827,19 +4736,23 @@ def p_value(p: float) -> str:
     return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
 
 
-def say_gain(m: Meta, name: str, rival: str) -> str:
-    """Whether the network is better than something simple."""
-    low, high = m[f"{name}_gain_low"], m[f"{name}_gain_high"]
-    verdict = ("this model is better" if low > 0 else "the simple method is better" if high < 0
-               else "no difference shown")
-    return (f"{m[f'{name}_accuracy']:.2%} by {rival}: {verdict} ({points(m[f'{name}_gain'])} "
-            f"points, 95% interval {points(low)} to {points(high)})")
+def say_gain(m: Meta, name: str) -> str:
+    """A difference between two methods that were tested on the same samples."""
+    low, high = points(m[f"{name}_gain_low"]), points(m[f"{name}_gain_high"])
+    return f"{points(m[f'{name}_gain'])} points, 95% interval {low} to {high}"
 
 
 def say_baselines(m: Meta) -> list[str]:
-    """The simple methods, each with its verdict."""
-    said = [say_gain(m, "commonest", "always saying the commonest class")]
-    return said + ([say_gain(m, "baseline", m["baseline"])] if "baseline" in m else [])
+    """The simple methods, each with the verdict whether the network is better."""
+    rivals = {"commonest": "always saying the commonest class", "baseline": m.get("baseline")}
+    said = []
+    for name, rival in rivals.items():
+        if rival:
+            verdict = ("this model is better" if m[f"{name}_gain_low"] > 0 else
+                       "the simple method is better" if m[f"{name}_gain_high"] < 0 else
+                       "no difference shown")
+            said.append(f"{m[f'{name}_accuracy']:.2%} by {rival}: {verdict} ({say_gain(m, name)})")
+    return said
 
 
 def has_learned(m: Meta) -> bool:
@@ -4850,8 +4763,8 @@ def has_learned(m: Meta) -> bool:
 def say_result(m: Meta) -> str:
     """The headline."""
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
-    samples = count(m["test_samples"], "test sample")
-    text = f"Right on {m['test_accuracy']:.2%} of {samples} ({sides})."
+    tested = count(m["test_samples"], "test sample")
+    text = f"Right on {m['test_accuracy']:.2%} of {tested} ({sides})."
     return text if has_learned(m) else text + (
         " Nothing learned: that is not shown to be better than always saying the commonest class.")
 
@@ -4859,29 +4772,26 @@ def say_result(m: Meta) -> str:
 def say_gap(m: Meta) -> str:
     """Training against test accuracy."""
     gap = m["train_accuracy"] - m["test_accuracy"]
+    why = "more than the uncertainty of the test accuracy: it learnt part of its samples by heart"
     if m["test_accuracy_low"] <= m["train_accuracy"] <= m["test_accuracy_high"]:
-        why = "within the uncertainty of the test accuracy."
-    elif gap > 0:
-        why = ("more than the uncertainty of the test accuracy: part of what it learnt holds for "
-               "its training samples alone.")
-    else:
-        why = "so the test part is easier for it than the training part."
-    return f"Training minus test accuracy: {points(gap)} points, {why}"
+        why = "within the uncertainty of the test accuracy"
+    elif gap < 0:
+        why = "so the test part is easier for it than the training part"
+    return f"Training minus test accuracy: {points(gap)} points, {why}."
 
 
 def say_curves(history: pd.DataFrame, best_epoch: int) -> str:
     """What the curves show."""
-    best, last, n = history.iloc[best_epoch - 1], history.iloc[-1], len(history)
+    best, last = history.iloc[best_epoch - 1], history.iloc[-1]
     if math.isnan(best["val_accuracy"]):
-        return (f"Trained on the whole training part for {count(n, 'epoch')}, so there is no "
-                f"validation curve; training loss {history['train_loss'].iloc[0]:.3f} in the first "
-                f"epoch, {last['train_loss']:.3f} in the last.")
-    text = (f"Validation accuracy was highest in epoch {best_epoch} of {n}: "
+        return "Trained on the whole training part, so there is no validation curve."
+    text = (f"Validation accuracy was highest in epoch {best_epoch} of {len(history)}: "
             f"{best['val_accuracy']:.1%}; these weights were kept.")
-    if best_epoch < n:
+    if best_epoch < len(history):
         text += f" In the last epoch it was {last['val_accuracy']:.1%}."
     lowest = history.loc[history["val_loss"].idxmin()]
     if last["val_loss"] > 1.1 * lowest["val_loss"]:
+        # A loss that rises while the accuracy holds means overconfidence, not more mistakes.
         text += f" The validation loss was lowest in epoch {int(lowest['epoch'])}" + (
             "; after that the network grew too sure of its mistakes, without making more of them."
             if last["val_accuracy"] >= lowest["val_accuracy"] else ".")
@@ -4902,11 +4812,9 @@ def say_groups(name: str, groups: pd.DataFrame, p: float, tests: int) -> str:
     """Whether accuracy depends on what samples were grouped by."""
     if len(groups) < 2:
         return f"All test samples belong to one group by {name}."
-    if p * tests > 0.05:
-        return f"No dependence on {name} shown (chi-squared test, {p_value(p)})."
-    low, high = (groups.loc[groups["accuracy"].agg(which)] for which in ("idxmin", "idxmax"))
-    return (f"Accuracy depends on {name} (chi-squared test, {p_value(p)}): {low['accuracy']:.1%} "
-            f"({low['group']}) to {high['accuracy']:.1%} ({high['group']}).")
+    # Bonferroni: of many groupings one differs by chance.
+    shown = f"Accuracy depends on {name}" if p * tests <= 0.05 else f"No dependence on {name} shown"
+    return f"{shown} (chi-squared test, {p_value(p)})."
 
 
 def say_calibration(m: Meta) -> str:
@@ -4915,8 +4823,7 @@ def say_calibration(m: Meta) -> str:
     change = "lower" if after < before else "higher" if after > before else "the same"
     return (f"Confidence and accuracy differ by {100 * after:.2f} points on average (expected "
             f"calibration error, test part); before the temperature of {m['temperature']:.2f}, "
-            f"fitted on held-out training samples, by {100 * before:.2f}: it is {change} now. The "
-            "class that wins is the same with any temperature.")
+            f"fitted on held-out training samples, by {100 * before:.2f}: it is {change} now.")
 
 
 def passes_test(m: Meta, name: str) -> bool:
@@ -4926,59 +4833,40 @@ def passes_test(m: Meta, name: str) -> bool:
 
 def say_explanation(m: Meta, name: str) -> str:
     """What the deletion test says about an explanation."""
-    beats = [m[f"{name}_over_{kind}_low"] > 0 for kind in ("random", "untrained")]
-    verdict = {(True, True): "It can be trusted to show what matters to this network.",
-               (True, False): "It finds what matters, but an untrained network's map does so as "
-                              "well: it shows the sample more than this network.",
-               (False, True): "Do not read much into it: marks at random places were no worse.",
-               (False, False): "Do not read anything into it: it was shown no better than chance."}
-    gains = {kind: f"{m[f'{name}_over_{kind}']:+.3f}, " + interval(
-        m[f"{name}_over_{kind}_low"], m[f"{name}_over_{kind}_high"], "{:+.3f}")
-        for kind in ("random", "untrained")}
-    area = {kind: f"{m[f'{name}_area_{kind}']:.3f}" for kind in ("explained", *gains)}
-    return (f"{EXPLANATIONS[name][0]}: {verdict[beats[0], beats[1]]} While what it marks is "
-            "deleted, strongest first, the predicted class keeps a mean probability of "
-            f"{area['explained']}; {area['random']} when as much is deleted elsewhere (difference "
-            f"{gains['random']}), {area['untrained']} by the marks of the same network with random "
-            f"weights (difference {gains['untrained']}).")
+    verdict = "Do not rely on it: it was not shown to be better than marks at random places."
+    if passes_test(m, name):
+        verdict = "It can be trusted to show what matters to this network."
+    elif m[f"{name}_over_random_low"] > 0:
+        # The sanity check of Adebayo et al. (2018).
+        verdict = "It shows the sample more than this network: an untrained one marks as much."
+    gains = []
+    for kind in ("random", "untrained"):
+        ends = interval(m[f"{name}_over_{kind}_low"], m[f"{name}_over_{kind}_high"], "{:+.3f}")
+        gains.append(f"{m[f'{name}_over_{kind}']:+.3f} against {kind} ones ({ends})")
+    return (f"{verdict} Probability that deleting its marks takes from the predicted class: "
+            f"{', '.join(gains)}.")
 
 
 def say_issues(m: Meta, found: Evaluation) -> list[str]:
     """What is wrong with the data, one sentence each."""
-    data, classes = found.data, found.classes
-    rows = torch.cat((data.parts["train"], data.parts["val"]))
-    times = data.labels[rows].bincount(minlength=len(classes))
-    few, many = int(times.argmin()), int(times.argmax())
-    said = [f"Training samples a class: from {times[few]:,} ({classes[few]}) to {times[many]:,} "
-            f"({classes[many]})."]
-    if times[few] == times[many]:
-        said = [f"Training classes are balanced: {times[0]:,} samples each."]
-    repeats = m["train_repeats"] + m["test_own_repeats"] + m["test_repeats"]
-    said.append("Exact repeats: none." if not repeats else
-                f"Exact repeats: {m['train_repeats']:,} within the training part, "
-                f"{m['test_own_repeats']:,} within the test part, {m['test_repeats']:,} in the "
-                "test part of training samples. Under another label than the sample they repeat: "
-                f"{m['repeats_with_other_label']:,}.")
-    without = m["test_accuracy_without_repeats"]
-    if without is None:
-        said.append("Every test sample stands in the training part too: the test accuracy says "
-                    "nothing about new ones.")
-    elif m["test_repeats"]:
-        said.append(f"Without them the test accuracy is {without:.2%}.")
+    rows = torch.cat((found.data.parts["train"], found.data.parts["val"]))
+    times = found.data.labels[rows].bincount(minlength=len(found.classes))
+    said = [f"Training samples a class: {times.min():,} to {times.max():,}.",
+            f"Empty samples: {m['empty_samples']:,}. Suspect labels: {m['suspect_labels']:,}, by a "
+            "network that had not learnt from them; it may be the network that errs.",
+            f"Exact repeats: {m['train_repeats']:,} within the training part, "
+            f"{m['test_own_repeats']:,} within the test part, {m['test_repeats']:,} in the test "
+            f"part of training samples; under another label: {m['repeats_with_other_label']:,}."]
     if "near_repeats" in m:
-        without = m["test_accuracy_without_near_repeats"]
-        rest = f"; without them and the exact ones the test accuracy is {without or 0:.2%}"
-        said.append(f"Near repeats: {count(m['near_repeats'], 'test sample')} nearly like a "
-                    "training sample" + rest * bool(m["near_repeats"] and without is not None)
-                    + ".")
-    held_out = m["train_samples"] if m.get("folds") else m["val_samples"]
-    said.append(f"Suspect labels: {m['suspect_labels']:,} of {count(held_out, 'training sample')} "
-                "that a network judged without having learnt from them. It may be the network that "
-                "errs." + " The surest are below, all in faults.csv." * bool(m["suspect_labels"]))
-    said.append(f"Empty samples: {m['empty_samples']:,}.")
+        said.append(f"Near repeats of training samples in the test part: {m['near_repeats']:,}.")
+    if m["test_repeats"] or m.get("near_repeats"):
+        without = m.get("test_accuracy_without_near_repeats", m["test_accuracy_without_repeats"])
+        said.append("Every test sample repeats a training sample: the test accuracy says nothing "
+                    "about new ones." if without is None else
+                    f"Without what repeats training samples the test accuracy is {without:.2%}.")
     if m["skipped"]:
-        said.append(f"{count(m['skipped'], 'file or line', 'files or lines')} could not be used, "
-                    "and took no part: skipped.csv says which and why.")
+        said.append(f"{count(m['skipped'], 'file or line', 'files or lines')} could not be used: "
+                    "skipped.csv says which and why.")
     return said
 
 
@@ -4991,176 +4879,110 @@ def say_skipped(skipped: Sequence[tuple[str, str]]) -> str:
 
 def say_folds(m: Meta) -> str:
     """Mean and spread over the folds."""
-    spread = f"{100 * m['folds_spread']:.2f}"
-    return (f"{m['folds_accuracy']:.2%} on average, standard deviation {spread} points "
-            "(each on samples that its network had not seen, after its last epoch)")
+    return (f"{m['folds_accuracy']:.2%} on average, standard deviation "
+            f"{100 * m['folds_spread']:.2f} points (each on samples that its network had not seen, "
+            "after its last epoch)")
 
 
 # -- one run -------------------------------------------------------------------------------------
 
+# What a table calls it -> the keys of metrics.json and how a person reads them.
+RESULT = {
+    "network": "{model}, {parameters:,} parameters", "data": "{dataset}",
+    "epochs": "{epochs}, with the weights of epoch {best_epoch}",
+    "samples": "{train_samples:,} training, {val_samples:,} validation, {test_samples:,} test",
+    "training": "accuracy {train_accuracy:.2%}, log-loss {train_loss:.3f}",
+    "validation": "accuracy {val_accuracy:.2%}, log-loss {val_loss:.3f}",
+    "test": "accuracy {test_accuracy:.2%}, log-loss {test_loss:.3f}, Brier score {test_brier:.3f}",
+    "macro-F1": "{test_macro_f1:.3f} (95% interval {test_macro_f1_low:.3f} to "
+                "{test_macro_f1_high:.3f}, bootstrap)",
+    "AUC, mean of one class against the rest": "{test_auc:.3f}",
+    "true class among the first two": "{test_top2_accuracy:.2%}",
+    "strongest mark of an explanation on the object":
+        "in {peak_on_object:.1%} of {peaks:,} right predictions (95% interval "
+        "{peak_on_object_low:.1%} to {peak_on_object_high:.1%})"}
+COST = {
+    "time in all": "{seconds_total:,.0f} s, {seconds_training:,.0f} s of it training",
+    "training speed": "{samples_per_second:,.0f} samples/s, validation included",
+    "one prediction": "{latency_ms:.2f} ms, {multiply_adds:,} multiply-adds",
+    "size on disk": "{model_mb:.2f} MiB", "device": "{device}",
+    "most memory, on the GPU or else of the process": "{peak_memory_mb:,.0f} MiB"}
+
+
+def facts_block(caption: str, facts: dict[str, str], m: Meta) -> Block:
+    """A table of metrics in words; what this run did not measure is left out."""
+    said = {}
+    for name, form in facts.items():
+        with contextlib.suppress(KeyError, TypeError):
+            said[name] = form.format_map(m)
+    return table_block(caption, said)
+
 
 def write_report(folder: Path, found: Evaluation, maps: dict[str, Block]) -> None:
     """report.html: the whole run on one page."""
-    m = found.metrics
-    folds = ""
-    if found.folds:
-        folds = f"Cross-validation with {m['folds']} folds, accuracy {say_folds(m)}."
-    sections = {
-        "Result": report_result(m),
-        "The training": [figure_block(folder / "training_curves.png",
-                                      say_curves(found.history, m["best_epoch"])),
-                         figure_block(folder / "folds.png", folds)],
+    m, settings = found.metrics, read_json(folder / "config.json")
+    command = f"{this_command()} --config {quoted(folder / 'config.json')}"
+    exact = {key.replace("_", "-"): m[key] for key in m if key in versions() or "_sha256" in key}
+
+    def figure(name: str, finding: str) -> Block | None:
+        return figure_block(folder / f"{name}.png", finding)
+
+    write_sections(folder / "report.html", found.title, {
+        "Result": [
+            text_block(say_result(m), style="headline"),
+            text_block(*(f"Baseline: {line}." for line in say_baselines(m)), say_gap(m)),
+            facts_block("In numbers", RESULT, m)],
+        "The training": [
+            figure("training_curves", say_curves(found.history, m["best_epoch"])),
+            figure("folds", f"Cross-validation with {m['folds']} folds, accuracy {say_folds(m)}."
+                   if found.folds else "")],
         "Where it errs": report_errors(folder, found),
-        "Can its confidence be trusted?": report_confidence(folder, m),
-        "Why it decides so": report_reasons(folder, found, maps),
-        "The data's own faults": report_issues(folder, found),
-        "What it cost": [table_block("Time, size and memory", report_cost(m))],
-        "How to repeat it": report_repeating(folder, m)}
-    write_sections(folder / "report.html", found.title, sections,
-                   [m["dataset"]] if m["stand_in"] else [], m.get("ended", ""))
-
-
-def report_result(m: Meta) -> list[Block | None]:
-    """What was trained on what, and how well it does."""
-    accuracy = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
-    f1 = interval(m["test_macro_f1_low"], m["test_macro_f1_high"], "{:.3f}")
-    numbers = [("accuracy", f"{m['test_accuracy']:.2%}", f"{accuracy} (Wilson)"),
-               ("macro-F1", f"{m['test_macro_f1']:.3f}", f"{f1} (bootstrap)"),
-               ("AUC, mean of one class against the rest", or_dash(m.get("test_auc")), "")]
-    if "test_top2_accuracy" in m:
-        numbers.append(("true class among the first two", f"{m['test_top2_accuracy']:.2%}", ""))
-    measured = min(m["train_samples"], TRAIN_SAMPLES_MEASURED)
-    parts = [(label, f"{m[f'{part}_samples']:,}", f"{m[f'{part}_accuracy']:.2%}",
-              f"{m[f'{part}_loss']:.3f}")
-             for part, label in (("train", f"training (measured on {measured:,})"),
-                                 ("val", "validation"), ("test", "test")) if m[f"{part}_samples"]]
-    return [
-        text_block(say_result(m), style="headline"),
-        text_block(f"The network '{m['model']}' with {m['parameters']:,} parameters was trained on "
-                   f"{m['dataset']} for {count(m['epochs'], 'epoch')}; its weights are those of "
-                   f"epoch {m['best_epoch']}.",
-                   *(f"Baseline: {line}." for line in say_baselines(m))),
-        table_block("On the test part", pd.DataFrame(numbers, columns=[
-            "measure", "value", "uncertainty"])),
-        table_block("The parts side by side", pd.DataFrame(parts, columns=[
-            "part", "samples", "accuracy", "cross-entropy"])),
-        text_block(say_gap(m))]
-
-
-def or_dash(value: float | None) -> str:
-    """A number between 0 and 1, or a dash."""
-    return "–" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def percent_table(frame: pd.DataFrame, first: str) -> pd.DataFrame:
-    """A table of shares for people: samples as numbers, the rest in percent with its interval."""
-    shown = {first: frame[first], "samples": frame["samples"].map("{:,}".format),
-             "accuracy": frame["accuracy"].map("{:.1%}".format),
-             "95% interval": [f"{row.low:.1%} to {row.high:.1%}" for row in frame.itertuples()]}
-    return pd.DataFrame(shown)
+        "Can its confidence be trusted?": [figure("reliability", say_calibration(m))],
+        "Why it decides so": [
+            *report_reasons(m, maps),
+            figure("deletion", "How fast the prediction fades while what is marked is deleted.")],
+        "The data's own faults": [
+            text_block(*say_issues(m, found)),
+            figure("suspects", "The training labels that it doubts most; all are in faults.csv."),
+            figure("near_repeats", "Test samples beside the training samples they nearly repeat.")],
+        "What it cost": [facts_block("Time, size and memory", COST, m)],
+        "How to repeat it": [
+            text_block(command, style="code"),
+            table_block("Settings", {flag_name(key): str(settings[key]) for key in settings}),
+            table_block("Versions, and fingerprints of the data", exact)]},
+        [m["dataset"]] if m["stand_in"] else [], m.get("ended", ""))
 
 
 def report_errors(folder: Path, found: Evaluation) -> list[Block | None]:
     """Where it errs."""
+    worst = [f"Its surest mistakes; the surest of all: {v.predicted} {v.confidence:.0%} "
+             f"(true: {v.true})." for v in verdicts(found, found.mistakes[:1])]
+    columns = ["group", "samples", "accuracy", "low", "high"]  # low, high: the 95 % interval
+    sure = measure_coverage(found.confidence, found.right)
+    sure["group"] = sure["least"].map("at least {:.0%} sure".format)
+    blocks = [
+        figure_block(folder / "confusion_matrix_norm.png", say_confusions(found)),
+        figure_block(folder / "confusion_matrix.png", "The same in numbers of samples."),
+        table_block("Each class", found.by_class),
+        figure_block(folder / "mistakes.png", "".join(worst)),
+        figure_block(folder / "sample_predictions.png", "Test samples drawn at random."),
+        table_block("By its own confidence", sure[columns])]
     groups = found.data.samples.groups(found.rows)
-    by_group: list[Block | None] = []
     for name, (names, group) in groups.items():
         table, p = group_accuracy(found.right, group, names)
-        if len(table) > 1:
-            by_group.append(table_block(f"By {name}", percent_table(table, "group")))
-        by_group.append(text_block(say_groups(name, table, p, len(groups))))
-    sure = measure_coverage(found.confidence, found.right)
-    sure["predictions that are"] = sure["least"].map("at least {:.0%} sure".format)
-    worst = "".join(f"{v.predicted} {v.confidence:.0%} (true: {v.true})"
-                    for v in verdicts(found, found.mistakes[:1]))
-    recall = found.by_class.dropna(subset="recall").set_index("class")["recall"]
-    shares = found.by_class[["precision", "recall", "f1", "auc"]].apply(
-        lambda column: column.map(or_dash))
-    shares.columns = ["precision", "recall", "F1", "AUC"]
-    drawn = found.right[found.draw(found.data.samples.shown[0], seed=1)]
-    return [
-        figure_block(folder / "confusion_matrix_norm.png", say_confusions(found)),
-        figure_block(folder / "confusion_matrix.png",
-                     f"In numbers of samples. Found most often: {recall.idxmax()} "
-                     f"({recall.max():.1%}); least often: {recall.idxmin()} ({recall.min():.1%})."),
-        table_block("Each class", pd.concat(
-            (found.by_class["class"],
-             found.by_class["support"].map("{:,}".format).rename("samples"), shares), axis=1)),
-        figure_block(folder / "mistakes.png", f"Its surest mistakes; the surest of all: {worst}."),
-        figure_block(folder / "sample_predictions.png", "Test samples drawn at random: "
-                     f"{int(drawn.sum())} of these {len(drawn)} are right."),
-        *by_group,
-        table_block("By its own confidence", percent_table(sure, "predictions that are"))]
+        blocks += [table_block(f"By {name}", table[columns]),
+                   text_block(say_groups(name, table, p, len(groups)))]
+    return blocks
 
 
-def report_confidence(folder: Path, m: Meta) -> list[Block | None]:
-    """Whether its confidence can be trusted."""
-    rows = [(label, f"{m[f'{key}_uncalibrated']:.4f}", f"{m[key]:.4f}") for key, label in (
-        ("test_loss", "log-loss"), ("test_brier", "Brier score"),
-        ("test_ece", "expected calibration error"))]
-    return [figure_block(folder / "reliability.png", say_calibration(m)),
-            table_block("Before and after the temperature", pd.DataFrame(
-                rows, columns=["on the test part", "before", "after"]))]
-
-
-def report_reasons(folder: Path, found: Evaluation, maps: dict[str, Block]) -> list[Block | None]:
+def report_reasons(m: Meta, maps: dict[str, Block]) -> list[Block]:
     """Why it decides so, and whether the explanations can be trusted."""
-    m = found.metrics
-    blocks: list[Block | None] = []
+    blocks = []
     for name, block in maps.items():
-        method, what = EXPLANATIONS[name]
-        verdict = "It was not put to the test."
-        if f"{name}_over_random" in m:
-            verdict = ("For this network it passed the test below." if passes_test(m, name) else
-                       "For this network it failed the test below: do not rely on it.")
-        blocks.append({**block, "finding": f"{method}: {what}. {verdict}"})
-    said = [say_explanation(m, name) for name in found.deletion]
-    if m.get("peaks"):
-        sides = interval(m["peak_on_object_low"], m["peak_on_object_high"])
-        said.append(f"The strongest mark lies on the object in {m['peak_on_object']:.1%} of "
-                    f"{m['peaks']:,} right predictions ({sides}).")
-    return [*blocks, figure_block(folder / "deletion.png", " ".join(said))]
-
-
-def report_issues(folder: Path, found: Evaluation) -> list[Block | None]:
-    """What is wrong with the data."""
-    issues = found.named_issues
-    doubts, near = (issues[issues["fault"] == fault] for fault in ("suspect label", "near repeat"))
-    doubt = "".join(f"{row.label}, which may be {row.other_class}"
-                    for row in doubts[:1].itertuples())
-    same = int((near["label"] == near["other_class"]).sum())
-    return [
-        text_block(*say_issues(found.metrics, found)),
-        figure_block(folder / "suspects.png", f"The label it doubts most: {doubt}. Nothing was "
-                                              "changed because of this."),
-        figure_block(folder / "near_repeats.png",
-                     "Test samples and the training samples that they nearly repeat; "
-                     f"{same:,} of {len(near):,} carry the same label.")]
-
-
-def report_cost(m: Meta) -> dict[str, str]:
-    """Time, size, memory."""
-    memory, on_gpu = m.get("peak_memory_mb"), not m["device"].startswith(("cpu", "mps"))
-    where = "on the GPU" if on_gpu else "of the whole process"
-    return {"time in all": f"{format_seconds(m['seconds_total'])}, "
-                           f"{format_seconds(m['seconds_training'])} of it training",
-            "training speed": f"{m['samples_per_second']:,.0f} samples/s, validation included",
-            "one prediction": f"{m['latency_ms']:.2f} ms, {m['multiply_adds'] / 1e6:,.2f} million "
-                              "multiply-adds",
-            "parameters": f"{m['parameters']:,} ({m['model_mb']:.2f} MiB on disk)",
-            "most memory": f"{memory:,.0f} MiB {where}" if memory else "not known here",
-            "device": m["device"]}
-
-
-def report_repeating(folder: Path, m: Meta) -> list[Block | None]:
-    """How to repeat it."""
-    config = read_json(folder / "config.json")
-    prints = {key.replace("_", " "): value for key, value in m.items() if key.endswith("sha256")}
-    return [
-        {"kind": "code", "code": f"{this_command()} --config {quoted(folder / 'config.json')}"},
-        table_block("Settings", {flag_name(key): str(config[key]) or "–" for key in config}),
-        table_block("Versions", {key.replace("_", "-"): m[key] for key in versions()}),
-        table_block("Fingerprints of the data", prints)]
+        tested = f"{name}_over_random" in m
+        said = say_explanation(m, name) if tested else "It was not put to the test."
+        blocks += [{**block, "finding": f"{': '.join(EXPLANATIONS[name])}."}, text_block(said)]
+    return blocks
 
 
 # -- several runs --------------------------------------------------------------------------------
@@ -5172,55 +4994,33 @@ COMPARED = {  # column of comparison.csv -> how a person reads it
     "latency_ms": "{:.3f}", "model_mb": "{:.2f}"}
 
 
-def say_costs(runs: pd.DataFrame) -> list[str]:
-    """What a sample costs each kind of network, what training took, how far the parts lie apart."""
-    said = []
-    if set(runs["kind"]) == {"image", "text"}:
-        costs = []
-        for kind, noun in (("image", "picture"), ("text", "text")):
-            row = runs[runs["kind"] == kind].nlargest(1, "multiply_adds").iloc[0]
-            millions = f"{row['multiply_adds'] / 1e6:.1f}"
-            costs.append(f"one {noun} costs {row['label']} {millions} million multiply-adds and "
-                         f"{row['latency_ms']:.2f} ms")
-        said.append(f"{'; '.join(costs)}.".capitalize())
-    ranked = runs.sort_values("samples_per_second", ascending=False)
-    fast, slow = ranked.iloc[0], ranked.iloc[-1]
-    gaps = [f"{row.label} {points(row.train_accuracy - row.test_accuracy)}"
-            for row in runs.itertuples()]
-    return [*said, f"In the time {slow['label']} trains on one sample, {fast['label']} trains on "
-            f"{fast['samples_per_second'] / slow['samples_per_second']:.1f}.",
-            f"Training minus test accuracy, in points: {', '.join(gaps)}."]
+def holm(p: np.ndarray) -> np.ndarray:
+    """p-values corrected for how many there are (Holm 1979)."""
+    order, corrected = p.argsort(kind="stable"), np.empty_like(p)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return corrected
 
 
 def say_verdicts(runs: pd.DataFrame, right: dict[str, np.ndarray]) -> list[str]:
     """Each pair that was tested on the same samples; McNemar's test, Holm's correction."""
     ranked = [*runs.sort_values("test_accuracy", ascending=False, kind="stable").itertuples()]
     pairs = [(a, b) for a, b in itertools.combinations(ranked, 2) if a.test == b.test]
-    p = [mcnemar(right[a.label], right[b.label]) for a, b in pairs]
-    corrected, worst = dict[int, float](), 0.0
-    for place, i in enumerate(np.argsort(p, kind="stable").tolist()):
-        worst = corrected[i] = max(worst, min(1.0, p[i] * (len(pairs) - place)))
+    p = np.array([mcnemar(right[a.label], right[b.label]) for a, b in pairs])
     said, won_by_best = [], 0
-    for i, (a, b) in enumerate(pairs):
-        one, two = (torch.from_numpy(right[each.label]) for each in (a, b))
+    for (a, b), alone, corrected in zip(pairs, p, holm(p), strict=True):
+        one, two = torch.from_numpy(right[a.label]), torch.from_numpy(right[b.label])
         gain = measure_gain(one, two, "other")
-        better = corrected[i] < 0.05 and gain["other_gain_low"] > 0
+        better = corrected < 0.05 and gain["other_gain_low"] > 0
         won_by_best += better and a is ranked[0]
         verdict = (f"{a.label} is better than {b.label}" if better else
                    f"No difference shown between {a.label} and {b.label}")
-        holm = f" ({p_value(corrected[i])} corrected for {len(pairs)} pairs)" * (len(pairs) > 1)
-        said.append(f"{verdict}: {points(gain['other_gain'])} points, 95% interval "
-                    f"{points(gain['other_gain_low'])} to {points(gain['other_gain_high'])}, "
-                    f"McNemar's test {p_value(p[i])}{holm}.")
-    alike = runs["test"].nunique() == 1
+        many = f" ({p_value(corrected)} corrected for {len(p)} pairs)" if len(p) > 1 else ""
+        said.append(f"{verdict}: {say_gain(gain, 'other')}, McNemar's test {p_value(alone)}{many}.")
     if len(pairs) > 1 and won_by_best == len(runs) - 1:
         said.insert(0, f"{ranked[0].label} is better than every other run.")
-    elif len(pairs) > 1 and alike:
-        said.insert(0, "No run is shown to be better than every other.")
-    if not alike:
-        low, high = (f"{row.test_accuracy:.1%} ({row.label})" for row in (ranked[-1], ranked[0]))
-        said.append(f"Test accuracy runs from {low} to {high}; not all were tested on the same "
-                    "samples, so this says nothing about which network is better.")
+    if runs["test"].nunique() > 1:
+        said.append("Of runs that were not tested on the same samples, accuracy says nothing about "
+                    "which network is better.")
     return said
 
 
@@ -5229,14 +5029,14 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
     check_run(run, "--compare")
     metrics = read_json(run / "metrics.json")
     if metrics.get("status") != "finished":
-        raise UsageError(f"--compare {run}: this run has not finished; {this_command()} --resume "
-                         f"{quoted(run)}")
+        raise UsageError(f"--compare {run}: this run has not finished; try --resume {quoted(run)}")
     try:
         tested = pd.read_csv(run / "predictions.csv", dtype={"true": str}, keep_default_na=False)
         history = pd.read_csv(run / "history.csv")
+        # Equal for runs that were tested on the same samples, which can be compared in pairs.
         metrics["test"] = hash((metrics["dataset"], *tested["row"], *tested["true"]))
         metrics["kind"] = TASKS[metrics["task"]].kind
-        if missing := {*COMPARED, "model", "best_epoch"} - {"label"} - metrics.keys():
+        if missing := {*COMPARED, "model"} - {"label"} - metrics.keys():
             raise ValueError(f"{min(missing)} is missing")
         return metrics, tested["correct"].to_numpy(bool), history
     except (OSError, KeyError, ValueError, TypeError) as problem:
@@ -5247,40 +5047,37 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
 def write_comparison(folders: list[Path], output_dir: Path) -> Path:
     """comparison.html, .png, .md and .csv over several run folders; returns the .md."""
     metrics, right, histories = zip(*(read_run(folder) for folder in folders), strict=True)
-    labels = [f"{m['task']} {m['model']}" for m in metrics]
-    if len(set(labels)) < len(folders):
-        names = [folder.name for folder in folders]
-        labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    # The shortest names that tell the runs apart.
+    ways = ([f"{m['task']} {m['model']}" for m in metrics], [folder.name for folder in folders],
+            [str(folder) for folder in folders])
+    labels = next(names for names in ways if len({*names}) == len(names))
     runs = pd.DataFrame(metrics).assign(label=labels)
     verdicts = say_verdicts(runs, dict(zip(labels, right, strict=True)))
-    costs = say_costs(runs)
+    nouns = {"image": "picture", "text": "text"}
+    costs = " ".join(f"One {nouns[run.kind]} costs {run.label} {run.multiply_adds / 1e6:.1f} "
+                     f"million multiply-adds and {run.latency_ms:.2f} ms."
+                     for run in runs.itertuples())
     report = fresh_path(output_dir / "comparison.md", lambda path: path.open("x").close())
     picture, curves = report.with_suffix(".png"), report.with_name(f"{report.stem}_curves.png")
-    kinds = "tasks" if runs["task"].nunique() == len(runs) else "runs"
-    title = f"{len(runs)} {kinds} compared: {', '.join(dict.fromkeys(runs['dataset']))}"
+    title = f"{len(runs)} runs compared: {', '.join(dict.fromkeys(runs['dataset']))}"
     write_csv(report.with_suffix(".csv"), runs[[*COMPARED]])
     plot_comparison(runs, picture, title)
     plot_histories(dict(zip(labels, histories, strict=True)), curves, title)
-    table = pd.DataFrame({"run": [key.replace("_", " ") for key in COMPARED][1:], **{
-        row["label"]: [form.format(row[key]) for key, form in COMPARED.items()][1:]
-        for _, row in runs.iterrows()}})
-    lines = [[*table.columns], ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    head, *rows = ([key.replace("_", " "), *runs[key].map(form.format)]
+                   for key, form in COMPARED.items())
+    rows.append(["folder", *map(str, folders)])
+    lines = [head, ["---"] * len(head), *rows]
     write_text(report, "\n".join([
         f"# {title}", "", *(f"| {' | '.join(cells)} |" for cells in lines), "",
-        f"![comparison]({picture.name})", "", *(f"- {line}" for line in verdicts + costs), "",
-        "Runs: " + ", ".join(f"`{folder}`" for folder in folders), ""]))
-    ends = [f"{row.label}: {row.val_accuracy:.1%} at its best epoch, {row.best_epoch} of "
-            f"{row.epochs}" for row in runs.itertuples()]
+        f"![comparison]({picture.name})", "", *(f"- {line}" for line in [*verdicts, costs]), ""]))
     write_sections(report.with_suffix(".html"), title, {
         "Verdict": [text_block(*verdicts)],
-        "Accuracy and cost": [figure_block(picture, " ".join(costs)),
-                              table_block("In numbers", table)],
-        "The trainings": [figure_block(curves, f"Validation accuracy: {'; '.join(ends)}.")],
-        "The runs": [table_block("Folders", dict(zip(labels, map(str, folders), strict=True)))]},
+        "Accuracy and cost": [
+            figure_block(picture, costs),
+            table_block("In numbers", pd.DataFrame(rows, columns=head)),
+            figure_block(curves, "Validation loss and accuracy after each epoch.")]},
         [*runs[runs["stand_in"]]["dataset"]])
     return report
-
-
 # ================================================================================================
 # 12  Runs
 #     A run folder from its first line to its last file; what a finished one can be asked.
@@ -6054,11 +5851,10 @@ class Predictor:
 
     def table(self, names: Sequence[str], shares: Tensor) -> pd.DataFrame:
         """A prediction a row."""
-        best = shares.argmax(1)
-        table = pd.DataFrame({"name": names, "predicted": np.array(self.classes, object)[best],
-                              "confidence": shares.amax(1)})
-        each = pd.DataFrame(shares.numpy(), columns=[f"p_{name}" for name in self.classes])
-        return pd.concat((table, each), axis=1)
+        best = np.array(self.classes, object)[shares.argmax(1)]
+        table = pd.DataFrame({"name": names, "predicted": best, "confidence": shares.amax(1)})
+        columns = [f"p_{label}" for label in self.classes]
+        return table.join(pd.DataFrame(shares.numpy(), columns=columns))
 
     def predict(self, arguments: Sequence[Any],
                 size: int = 1024) -> Iterator[tuple[Samples, pd.DataFrame]]:
@@ -6067,9 +5863,9 @@ class Predictor:
         found = 0
         with progress_bar(0, " inputs") as bar:
             while block := list(itertools.islice(opened, size)):
-                self.problems += [(name, str(sample)) for name, sample in block
-                                  if isinstance(sample, UnreadableSample)]
                 good = [pair for pair in block if not isinstance(pair[1], UnreadableSample)]
+                self.problems += [(name, str(why)) for name, why in block
+                                  if isinstance(why, UnreadableSample)]
                 if good:
                     samples = self.pack([sample for _, sample in good])
                     shares = self.shares(samples)
@@ -6080,28 +5876,26 @@ class Predictor:
                     yield samples, self.table([name for name, _ in good], shares)
                 bar.update(len(block))
         if not found:
-            name, why = self.problems[0] if self.problems else (
-                " ".join(map(str, arguments)), "nothing to predict in there")
+            nothing = " ".join(map(str, arguments)), "nothing to predict in there"
+            name, why = (self.problems or [nothing])[0]
             raise UsageError(f"--predict {name}: {why}; this run's model reads {self.kind.noun}")
 
     def explain(self, samples: Samples, table: pd.DataFrame, rows: Tensor,
                 path: Path) -> list[Path]:
         """The explanations of some predictions: figures or pages whose names begin with `path`."""
-        some = table.iloc[rows.tolist()]
+        some, pictures, written = table.iloc[rows.tolist()], self.kind is ImageData, []
         labels = torch.tensor([self.classes.index(label) for label in some["predicted"]])
-        notes = [Verdict(f"{Path(row.name).name[-22:]}\n" * (self.kind is ImageData)
+        notes = [Verdict(f"{Path(row.name).name[-22:]}\n" * pictures
                          + f"{row.predicted} {row.confidence:.0%}", colour=BLUE)
                  for row in some.itertuples()]
-        heading = f"{self.run.name} · {self.meta['model']}\n"
         which = f"\n{len(rows)} of the first {len(samples):,} inputs" * (len(rows) < len(samples))
-        written, device = list[Path](), self.machine.device
-        maps = self.kind.explain(self.model, samples.batch(rows), labels.to(device))
-        for name, strength in maps.items():
-            place = path.with_name(f"{path.name}-{name}")
+        maps = self.kind.explain(self.model, samples.batch(rows), labels.to(self.machine.device))
+        for method, strength in maps.items():
+            place = path.with_name(f"{path.name}-{method}")
+            title = f"{self.run.name} · {self.meta['model']}\n{': '.join(EXPLANATIONS[method])}"
             samples.write_maps(rows, notes, [[label] for label in some["predicted"]],
-                               strength[None], place,
-                               f"{heading}{': '.join(EXPLANATIONS[name])}{which}")
-            written.append(place.with_suffix(".png" if self.kind is ImageData else ".html"))
+                               strength[None], place, title + which)
+            written.append(place.with_suffix(".png" if pictures else ".html"))
         return written
 
     def drift(self) -> str:
@@ -6111,19 +5905,18 @@ class Predictor:
             return ""
         seen = {name: torch.cat(some) for name, some in self.seen.items()}
         found = measure_drift(self.meta["reference"], seen)
-        drifted = [f"{row.statistic} {row.median:.3g} in the middle, tested on {row.before:.3g} "
-                   f"({p_value(row.p)})" for row in found[found["drifted"]].itertuples()]
-        if drifted:
-            return (f"WARNING  these {n:,} inputs are unlike those that the model was tested on: "
-                    "its test accuracy\n         does not hold for them: "
-                    + ";\n         ".join(drifted))
-        return (f"Drift         none shown: these {n:,} inputs are like the test part in "
-                f"{', '.join(found['statistic'])}")
+        if not found["drifted"].any():
+            return (f"Drift         none shown: these {n:,} inputs are like the test part in "
+                    f"{', '.join(found['statistic'])}")
+        medians = "; ".join(f"{row.statistic} {row.median:.3g}, tested on {row.before:.3g}"
+                            for row in found[found["drifted"]].itertuples())
+        return (f"WARNING  these {n:,} inputs are unlike those that the model was tested on: its "
+                f"test accuracy does not hold for them (medians: {medians})")
 
 
 def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path | None = None,
             explain: bool = False) -> None:
-    """Class and probability for pictures or texts: on the screen, or in a table of any length."""
+    """Class and probability for pictures or texts: on the screen, or in a table."""
     refuse_settings(given, "predict", ("device", "precision", "text_column"))
     if output and (output.is_dir() or not output.absolute().parent.is_dir()):
         why = "a folder; name a file" if output.is_dir() else "no such folder"
@@ -6132,13 +5925,24 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         raise UsageError("--explain needs --output FILE.csv: its figures are put beside that")
     ready = Predictor(run, start_machine(Config(**{"precision": "fp32", **given})))
     ready.meta["column_asked_for"] = given.get("text_column", "")
-    written: list[Path] = []
+    tables, written = list[pd.DataFrame](), list[Path]()
+    for samples, table in ready.predict(arguments):
+        if not output:
+            for row in range(len(table)):
+                log(say_prediction(ready, samples, row, table.iloc[row]))
+            continue
+        if explain and not tables:  # as many as in a report, spread over what comes first
+            most = min(sum(ready.kind.shown[1:]), len(table))
+            rows = torch.linspace(0, len(table) - 1, most).round().long()
+            written = ready.explain(samples, table, rows, output.with_suffix(""))
+        tables.append(table.assign(problem=""))
     if output:
-        written = predict_into_table(arguments, ready, output, explain, log)
-    else:
-        for samples, table in ready.predict(arguments):
-            for i in range(len(table)):
-                log(say_prediction(ready, samples, i, table.iloc[i]))
+        problems = pd.DataFrame(ready.problems, columns=["name", "problem"])
+        write_csv(output, pd.concat((*tables, problems)), float_format="%.6f")
+        times = Counter(label for table in tables for label in table["predicted"])
+        listed = ", ".join(f"{n:,} {name}" for name, n in times.most_common(10))
+        log(f"{count(times.total(), 'prediction')}: {listed}{' ...' * (len(times) > 10)}")
+        written = [output, *written]
     for name, why in ready.problems[:5]:
         log(f"WARNING  {name}: {why}")
     if (more := len(ready.problems) - 5) > 0:
@@ -6153,47 +5957,27 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
 
 def say_prediction(ready: Predictor, samples: Samples, row: int, found: Any) -> str:
     """One prediction in words."""
-    shares = found[[f"p_{label}" for label in ready.classes]].astype(float)
-    first, *others = (f"{name[2:]} {share:.1%}" for name, share in shares.nlargest(3).items())
+    shares = found[[f"p_{label}" for label in ready.classes]].astype(float).nlargest(3)
+    first, *others = (f"{name[2:]} {share:.1%}" for name, share in shares.items())
     name = found["name"] or "(empty)"
     name = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
     hint = samples.hint(ready.model, row)
-    return f"{first:20} {'(' + ', '.join(others) + ')':34} {name}" + (f"\n{'':20} {hint}" if hint
-                                                                      else "")
+    line = f"{first:20} {'(' + ', '.join(others) + ')':34} {name}"
+    return f"{line}\n{'':20} {hint}" if hint else line
 
 
-def predict_into_table(arguments: list[str], ready: Predictor, output: Path, explain: bool,
-                       log: Log) -> list[Path]:
-    """A line for each input, written some at a time; returns the files that there are now."""
-    drawn, times = list[Path](), Counter[str]()
-
-    def write(part: Path) -> None:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            for samples, table in ready.predict(arguments):
-                table.assign(problem="").to_csv(file, index=False, header=not times,
-                                                float_format="%.6f", lineterminator="\n")
-                times.update(table["predicted"])
-                if explain and not drawn:  # as many as in a report, spread over what comes first
-                    most = min(sum(ready.kind.shown[1:]), len(table))
-                    rows = torch.linspace(0, len(table) - 1, most).round().long()
-                    drawn.extend(ready.explain(samples, table, rows, output.with_suffix("")))
-            problems = pd.DataFrame(ready.problems, columns=["name", "problem"])
-            problems.reindex(columns=[*table.columns, "problem"]).to_csv(
-                file, index=False, header=False, lineterminator="\n")
-
-    try:
-        write_atomically(output, write)
-    except OSError as problem:
-        raise Failure(f"--output {output}: {problem.strerror}") from problem
-    listed = ", ".join(f"{n:,} {name}" for name, n in times.most_common(10))
-    log(f"{count(times.total(), 'prediction')}: {listed}{' ...' * (len(times) > 10)}")
-    return [output, *drawn]
+def describe_run(ready: Predictor) -> Meta:
+    """What a stranger should know: a visitor of the server, the owner of an exported file."""
+    keys = ("task", "kind", "model", "dataset", "stand_in", "classes")
+    recorded = ready.run / "metrics.json"  # only model.pt has to be there
+    accuracy = read_json(recorded).get("test_accuracy") if recorded.exists() else None
+    return {"name": ready.run.resolve().name, "test_accuracy": accuracy,
+            **{key: ready.meta[key] for key in keys}}
 
 
 # -- exporting -----------------------------------------------------------------------------------
 
 EXPORT_TOLERANCE = 1e-4  # what a probability may differ by from the run's own
-RUN_FACTS = ("task", "kind", "model", "dataset", "stand_in", "classes")  # of meta, for strangers
 EXPORT_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": ()}
 
 
@@ -6223,34 +6007,38 @@ class Standalone(nn.Module):
         return (logits / self.temperature).softmax(1)
 
 
-@contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Without what libraries have to say to their own developers."""
-    before = logging.root.manager.disable
-    with (warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()),
-          contextlib.redirect_stderr(io.StringIO())):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
+def trial_samples(ready: Predictor, n: int = 100) -> Samples:
+    """Samples to try an exported model on: noise and smooth pictures, or texts of all lengths."""
+    random, meta = np.random.default_rng(0), ready.meta
+    if ready.kind is ImageData:
+        side, channels = meta["side"], meta["channels"]
+        noise = torch.tensor(random.random((n // 2, channels, side, side)))
+        coarse = torch.tensor(random.random((n - n // 2, channels, 3, 3)))
+        smooth = F.interpolate(coarse, side, mode="bilinear")
+        return ready.pack(list(torch.cat((noise, smooth)).mul(255).byte().numpy()))
+    words = np.array(meta["vocabulary"] or ["word"])
+    lengths = np.linspace(1, 2 * meta["max_tokens"], n).astype(int)
+    return ready.pack([" ".join(random.choice(words, length)) for length in lengths])
+
+
+def exported_input(samples: Samples, rows: Tensor, meta: Meta) -> Tensor:
+    """Some samples as an exported model takes them."""
+    if isinstance(samples, ImageData):
+        return samples.pixels[rows]
+    x = samples.batch(rows).long()[:, :meta["max_tokens"]]
+    return F.pad(x, (0, meta["max_tokens"] - x.shape[1]), value=PAD)
 
 
 def trace_graph(ready: Predictor) -> Any:
     """The whole way from samples to probabilities as a graph, for any number of samples."""
-    meta = ready.meta
-    x = torch.full((3, meta.get("max_tokens", 1)), UNKNOWN)
-    if ready.kind is ImageData:
-        x = torch.zeros(3, meta["channels"], meta["side"], meta["side"], dtype=torch.uint8)
+    x = exported_input(trial_samples(ready, 3), torch.arange(3), ready.meta)
     free = {0: torch.export.Dim("batch", min=1, max=2**30)}  # torch 2.6 wants an end
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operation that other programs do not know
-    try:
-        return torch.export.export(Standalone(ready).eval(), (x,), dynamic_shapes=(free,),
-                                   strict=False)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    graph = torch.export.export(Standalone(ready).eval(), (x,), dynamic_shapes=(free,),
+                                strict=False)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    return graph
 
 
 def write_graph(form: str, graph: Any, path: Path, facts: Meta) -> None:
@@ -6259,10 +6047,6 @@ def write_graph(form: str, graph: Any, path: Path, facts: Meta) -> None:
         with path.open("wb") as file:
             torch.export.save(graph, file, extra_files={"metadata.json": json.dumps(facts)})
         return
-    size = sum(x.numel() * x.element_size() for x in graph.state_dict.values())
-    if size > 1.9e9:
-        raise Failure("--export onnx: an ONNX file holds at most 2 GB, these weights are "
-                      f"{size / 1e9:.1f} GB; try --export pt2")
     made: Any = torch.onnx.export(graph, (), dynamo=True, verbose=False,
                                   input_names=[facts["input"]["name"]],
                                   output_names=[facts["output"]["name"]])
@@ -6283,66 +6067,31 @@ def open_graph(form: str, path: Path) -> Callable[[Tensor], Tensor]:
 
 def export_facts(ready: Predictor) -> Meta:
     """All that somebody needs who has nothing but the exported file."""
-    meta, recorded = ready.meta, ready.run / "metrics.json"
-    measured = read_json(recorded) if recorded.exists() else {}
-    takes, needs = picture_facts(meta) if ready.kind is ImageData else text_facts(meta)
-    gives = {"name": "probabilities", "type": "float32", "shape": ["N", len(ready.classes)]}
-    return {**{key: meta[key] for key in RUN_FACTS}, "input": takes, "output": gives,
-            "preprocessing": needs, "version": VERSION,
-            "test_accuracy": measured.get("test_accuracy")}
-
-
-def picture_facts(meta: Meta) -> tuple[Meta, Meta]:
-    """What goes in, and how `read_picture` makes it from a file."""
-    side, mode = meta["side"], "L" if meta["channels"] == 1 else "RGB"
-    steps = ["turn it upright by its EXIF data; divide 16-bit values by 257; put it on white where "
-             f"it is transparent; convert to Pillow's mode {mode}",
-             f"cut the middle square out and resize it to {side} x {side} (Pillow's ImageOps.fit, "
-             "bicubic; of a large JPEG after Pillow's draft)",
-             *["if the median of the pixels at the four edges is above 127, subtract all from 255"
-               ] * meta["paper"], "0 to 255, [channel, row, column]: the network normalises"]
-    return ({"name": "pixels", "type": "uint8", "shape": ["N", meta["channels"], side, side]},
-            {"side": side, "channels": meta["channels"], "mode": mode, "resize": "bicubic",
-             "crop": "centre", "light_on_dark": meta["paper"], "steps": steps})
-
-
-def text_facts(meta: Meta) -> tuple[Meta, Meta]:
-    """What goes in, and how `tokenize` and `TextData` make it from a text."""
-    most, head = meta["max_tokens"], meta["max_tokens"] // 2
-    steps = ["replace as said in `replace`, make all letters small, find all of `word_pattern` (a "
-             "regular expression of Python); a text without any is one unknown word",
-             f"of more than {most} words keep the first {head} and the last {most - head}",
-             "a word's number is its place in `vocabulary` plus `first_word`, or `unknown`; put "
-             f"`pad` behind them until there are {most}"]
-    return ({"name": "words", "type": "int64", "shape": ["N", most]},
-            {"replace": {"<br />": " "}, "word_pattern": WORD, "max_tokens": most, "head": head,
-             "tail": most - head, "pad": PAD, "unknown": UNKNOWN, "first_word": UNKNOWN + 1,
-             "vocabulary": meta["vocabulary"], "steps": steps})
-
-
-def trial_samples(ready: Predictor, n: int = 100) -> Samples:
-    """Samples to try an exported model on: noise and smooth pictures, or texts of many lengths."""
-    random, meta = torch.Generator().manual_seed(0), ready.meta
-    if ready.kind is ImageData:
-        side, channels = meta["side"], meta["channels"]
-        noise = torch.rand(n // 2, channels, side, side, generator=random)
-        smooth = F.interpolate(torch.rand(n - n // 2, channels, 3, 3, generator=random), side,
-                               mode="bilinear")
-        mixed = torch.cat((noise, smooth))[torch.randperm(n, generator=random)]
-        return ready.pack(list(mixed.mul(255).byte().numpy()))
-    most, words = meta["max_tokens"], meta["vocabulary"] or ["word"]
-    lengths = [1, 2, 5, most, 2 * most]
-    lengths += torch.randint(1, most + 1, (n - len(lengths),), generator=random).tolist()
-    return ready.pack([" ".join(words[i] for i in torch.randint(
-        len(words), (length,), generator=random).tolist()) for length in lengths])
-
-
-def exported_input(samples: Samples, rows: Tensor, meta: Meta) -> Tensor:
-    """Some samples as an exported model takes them."""
-    if isinstance(samples, ImageData):
-        return samples.pixels[rows]
-    x = samples.batch(rows).long()[:, :meta["max_tokens"]]
-    return F.pad(x, (0, meta["max_tokens"] - x.shape[1]), value=PAD)
+    meta, x = ready.meta, exported_input(trial_samples(ready, 3), torch.arange(3), ready.meta)
+    if ready.kind is ImageData:  # as `read_picture` does it
+        name, preparation = "pixels", {
+            "side": meta["side"], "channels": meta["channels"], "resize": "bicubic",
+            "mode": "L" if meta["channels"] == 1 else "RGB", "crop": "centre",
+            "light_on_dark": meta["paper"], "steps": [
+                "upright by its EXIF data; 16-bit values / 257; transparent on white; to `mode`",
+                "Pillow's ImageOps.fit to `side` x `side`, of a large JPEG after Pillow's draft",
+                "if `light_on_dark` and the median of its four edges is above 127: 255 - x",
+                "0 to 255, [channel, row, column]: the network normalises"]}
+    else:  # as `tokenize` and `TextData` do it
+        most, head = meta["max_tokens"], meta["max_tokens"] // 2
+        name, preparation = "words", {
+            "replace": {"<br />": " "}, "word_pattern": WORD, "max_tokens": most, "head": head,
+            "tail": most - head, "pad": PAD, "unknown": UNKNOWN, "first_word": UNKNOWN + 1,
+            "vocabulary": meta["vocabulary"], "steps": [
+                "`replace`, lower case, all of `word_pattern`; without any: one unknown word",
+                "of more than `max_tokens` words the first `head` and the last `tail`",
+                "each is its place in `vocabulary` plus `first_word`, or `unknown`",
+                "`pad` behind them until there are `max_tokens`"]}
+    return {**describe_run(ready), "version": VERSION, "preprocessing": preparation,
+            "input": {"name": name, "type": str(x.dtype).removeprefix("torch."),
+                      "shape": ["N", *x.shape[1:]]},
+            "output": {"name": "probabilities", "type": "float32",
+                       "shape": ["N", len(ready.classes)]}}
 
 
 @torch.no_grad()
@@ -6352,6 +6101,17 @@ def largest_difference(ready: Predictor, network: Callable[[Tensor], Tensor]) ->
     batches = torch.arange(len(samples)).split([1, 2, 7, len(samples) - 10])
     found = torch.cat([network(exported_input(samples, rows, ready.meta)) for rows in batches])
     return float((found - ready.shares(samples)).abs().nan_to_num(math.inf).max())
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Without what libraries have to say to their own developers."""
+    with (warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()),
+          contextlib.redirect_stderr(io.StringIO()), contextlib.ExitStack() as afterwards):
+        warnings.simplefilter("ignore")
+        afterwards.callback(logging.disable, logging.root.manager.disable)
+        logging.disable()
+        yield
 
 
 def export(form: str, run: Path, given: Meta, log: Log) -> Path:
@@ -6364,30 +6124,27 @@ def export(form: str, run: Path, given: Meta, log: Log) -> Path:
     def write(part: Path) -> None:
         nonlocal off
         part.touch()  # where nothing can be written, that is said at once
-        with silenced():
-            write_graph(form, trace_graph(ready), part, facts)
-            off = largest_difference(ready, open_graph(form, part))
+        try:
+            with silenced():
+                write_graph(form, trace_graph(ready), part, facts)
+                off = largest_difference(ready, open_graph(form, part))
+        except Exception as problem:  # the libraries raise many kinds
+            first, *_ = [*str(problem).strip().splitlines(), ""]
+            raise Failure(f"--export {form}: {ready.meta['model']} cannot be exported with torch "
+                          f"{torch.__version__} ({type(problem).__name__}: {first})") from problem
         if off > EXPORT_TOLERANCE:
-            raise Failure(f"--export {form}: what was made predicts otherwise than the run (a "
-                          f"probability differs by {off:.2g}, at most {EXPORT_TOLERANCE:g} is "
-                          "allowed); it was not kept")
+            raise Failure(f"--export {form}: the file predicts otherwise than the run (by {off:.2g}"
+                          f", at most {EXPORT_TOLERANCE:g} is allowed); it was not kept")
 
     try:
         write_atomically(path, write)
-    except Failure:
-        raise
     except OSError as problem:
         raise Failure(f"cannot write {path}: {problem.strerror or problem}") from problem
-    except Exception as problem:  # the libraries raise many kinds
-        first = (str(problem).strip().splitlines() or [""])[0]
-        raise Failure(f"--export {form}: {ready.meta['model']} cannot be exported with torch "
-                      f"{torch.__version__} ({type(problem).__name__}: {first})") from problem
     log(f"Exported      {path.resolve()}, {format_size(path.stat().st_size)}")
     log(f"Checked       100 samples: no probability differs by more than {off:.1g} from the run's")
     for key in ("input", "output"):
-        side = facts[key]
-        log(f"{key.title():13} {side['name']}: {side['type']} "
-            f"[{', '.join(map(str, side['shape']))}]")
+        name, kind, shape = facts[key].values()
+        log(f"{key.title():13} {name}: {kind} [{', '.join(map(str, shape))}]")
     log("Metadata      classes, and how samples are prepared, in the file")
     return path
 
@@ -6399,147 +6156,108 @@ SECONDS_TO_SEND = 20.0  # that the body of a request may take to arrive
 
 TEMPLATES["served"] = """{% extends "page" %}{% block body %}
 <style>
-  [hidden] { display: none !important; }
-  label { font-weight: 600; }
-  select, textarea, button { font: inherit; padding: 0.4rem 0.6rem; border-radius: 6px;
-                             border: 1px solid var(--line); }
-  textarea { display: block; width: 100%; box-sizing: border-box; margin: 0.4rem 0; }
-  .drop { border: 2px dashed var(--line); border-radius: 6px; padding: 1.4rem 1rem;
-          text-align: center; }
-  .drop input { display: block; margin: 0.8rem auto 0; max-width: 100%; }
-  #bars { list-style: none; padding: 0; display: grid; gap: 0.35rem 0.7rem; align-items: center;
-          grid-template-columns: auto 1fr auto; }
-  #bars li { display: contents; }
-  #bars meter { width: 100%; }
-  #pictures { display: flex; flex-wrap: wrap; gap: 1rem; }
-  #pictures img { width: 16rem; max-width: calc(50% - 0.5rem); aspect-ratio: 1;
-                  object-fit: contain; }
+  textarea { display: block; width: 100%; box-sizing: border-box; font: inherit; }
+  #drop { display: block; padding: 1.4rem; border: 2px dashed var(--line); }
+  #error::first-letter { text-transform: uppercase; }
+  #bars, meter { width: 100%; }
 </style>
-<p id="choice" hidden><label>Run <select id="run"></select></label></p>
-<p id="standin" class="banner" hidden></p>
-<p id="facts" class="headline"></p>
-<form id="ask">
-<div id="image" class="drop" hidden><label for="file">Choose a picture, drop one here, or paste
-one</label><input id="file" type="file" accept="image/*"></div>
-<div id="text" hidden><label for="sentence">Type or paste a text</label>
-<textarea id="sentence" rows="4" maxlength="100000"
- placeholder="a wonderful film, though a little long"></textarea><button>Predict</button></div>
-</form>
+<select id="run" aria-label="Run" {{ "hidden" if names|length == 1 }}>
+{% for name in names %}<option {{ "selected" if name == run.name }}>{{ name }}</option>{% endfor %}
+</select>
+{% if run.stand_in %}
+<p class="banner">Trained on {{ run.dataset }}: good for trying out, not for claims.</p>
+{% endif %}
+<p class="headline">{{ run.task }}: {{ run.model }} on {{ run.dataset }}
+{%- if run.test_accuracy %}, test accuracy {{ "%.1f" % (100 * run.test_accuracy) }}%{% endif %}.</p>
+{% if run.kind == "image" %}
+<label id="drop">Choose a picture, drop one here, or paste one
+<input id="file" type="file" accept="image/*"></label>
+{% else %}
+<label>Type or paste a text <textarea id="sentence" rows="4" maxlength="100000"
+ placeholder="a wonderful film, though a little long"></textarea></label>
+<button id="ask">Predict</button>
+{% endif %}
 <p id="error" class="banner" role="alert" hidden></p>
 <section id="result" hidden>
 <h2 id="verdict" role="status"></h2>
-<ol id="bars" aria-label="Probability of each class"></ol>
-<figure><div id="pictures"><img id="given" alt="the picture as it was given"><img id="overlay"
- alt=""></div><p id="words" class="words"></p><figcaption id="method"></figcaption></figure>
+<table id="bars" aria-label="Probability of each class"></table>
+<figure><img id="overlay" alt="the picture, lit where it spoke for this class" hidden>
+<p id="words" class="words"></p><figcaption id="method"></figcaption></figure>
 </section>
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
-let runs = [], run = null, turn = 0;
 const percent = share => (100 * share).toFixed(1) + "%";
-const show = (id, text) => { $(id).textContent = text; $(id).hidden = !text; };
-const complain = text => show("error", text[0].toUpperCase() + text.slice(1) + ".");
-const make = (name, text, parent) => {
-  const made = parent.appendChild(document.createElement(name));
-  made.textContent = text;
-  return made;
-};
-function choose(name) {
-  run = runs.find(each => each.name === name);
-  document.title = document.querySelector("h1").textContent = "Try " + run.name;
-  const tested = run.test_accuracy === null ? "" : ", test accuracy " + percent(run.test_accuracy);
-  show("facts", run.task + ": " + run.model + " on " + run.dataset + tested + ".");
-  show("standin", run.stand_in ? "Trained on " + run.dataset
-                                 + ": good for trying out, not for claims." : "");
-  for (const kind of ["image", "text"]) $(kind).hidden = run.kind !== kind;
-  show("error", "");
+function fail(sentence) {
+  $("error").textContent = sentence;
+  $("error").hidden = false;
   $("result").hidden = true;
-  turn++;
 }
 function present(answer) {
-  show("verdict", answer.predicted + ", " + percent(answer.confidence));
-  $("bars").textContent = $("words").textContent = "";
-  for (const [name, share] of Object.entries(answer.probabilities).sort((a, b) => b[1] - a[1])) {
-    const line = make("li", "", $("bars"));
-    make("span", name, line);
-    make("meter", "", line).value = share;
-    make("span", percent(share), line);
-  }
-  $("pictures").hidden = !answer.overlay;
-  if (answer.overlay) {
-    $("overlay").src = answer.overlay;
-    $("overlay").alt = "what the model got, lit where it spoke for " + answer.predicted;
-  }
-  (answer.words || []).forEach(([word, weight], i) => {
-    const made = make(answer.shades[i] ? "mark" : "span", word, $("words"));
-    made.title = "weight " + percent(weight);
-    made.style.setProperty("--dark", answer.shades[i]);
-    $("words").append(" ");
-  });
-  show("method", answer.method);
+  $("error").hidden = true;
   $("result").hidden = false;
+  $("verdict").textContent = answer.predicted + ", " + percent(answer.confidence);
+  $("method").textContent = answer.method;
+  $("bars").replaceChildren();
+  for (const [name, share] of Object.entries(answer.probabilities).sort((a, b) => b[1] - a[1])) {
+    const row = $("bars").insertRow(), bar = document.createElement("meter");
+    bar.value = share;
+    for (const content of [name, bar, percent(share)]) row.insertCell().append(content);
+  }
+  if (answer.overlay) Object.assign($("overlay"), {src: answer.overlay, hidden: false});
+  $("words").replaceChildren();
+  (answer.words || []).forEach(([word, weight], i) => {
+    const mark = document.createElement("mark");
+    mark.textContent = word;
+    mark.title = "weight " + percent(weight);
+    mark.style.setProperty("--dark", answer.shades[i]);
+    $("words").append(mark, " ");
+  });
 }
 async function predict(body, type) {
-  const mine = ++turn;
-  show("error", "");
-  try {
-    const reply = await fetch("predict?explain=1&run=" + encodeURIComponent(run.name),
-                              {method: "POST", headers: {"Content-Type": type}, body});
-    const answer = await reply.json();
-    if (mine !== turn) return;  // something newer was asked meanwhile
-    if (!reply.ok) throw new Error(answer.error);
-    present(answer);
-  } catch (problem) {
-    if (mine !== turn) return;
-    $("result").hidden = true;
-    complain(problem instanceof TypeError ? "the server does not answer" : problem.message);
-  }
+  const request = {method: "POST", headers: {"Content-Type": type}, body};
+  const answer = await fetch("predict?explain=1&run={{ run.name|urlencode }}", request)
+    .then(reply => reply.json()).catch(() => ({error: "the server does not answer"}));
+  answer.error ? fail(answer.error) : present(answer);
 }
-function look(files) {
-  if (!run || run.kind !== "image" || !files.length) return;
-  if (files[0].size > {{ most }}) return complain("this file is larger than 16 MB");
-  URL.revokeObjectURL($("given").src);
-  $("given").hidden = false;
-  $("given").src = URL.createObjectURL(files[0]);
-  const picture = files[0].type.startsWith("image/");
-  predict(files[0], picture ? files[0].type : "application/octet-stream");
-}
-$("given").onerror = () => { $("given").hidden = true; };  // a format that the browser cannot show
-$("run").onchange = () => choose($("run").value);
-$("file").onchange = () => look($("file").files);
-document.onpaste = event => look(event.clipboardData.files);
+$("run").onchange = () => { location.search = "run=" + encodeURIComponent($("run").value); };
+{% if run.kind == "image" %}
+const send = files => {
+  if (files.length && files[0].size < {{ most }}) predict(files[0], "application/octet-stream");
+  else if (files.length) fail("this file is larger than 16 MB");
+};
+$("file").onchange = () => send($("file").files);
+document.onpaste = event => send(event.clipboardData.files);
 document.ondragover = event => event.preventDefault();
-document.ondrop = event => { event.preventDefault(); look(event.dataTransfer.files); };
-$("ask").onsubmit = event => {
-  event.preventDefault();
-  if (run) predict(JSON.stringify({text: $("sentence").value}), "application/json");
-};
-$("sentence").onkeydown = event => {
-  if (event.key !== "Enter" || event.shiftKey) return;
-  event.preventDefault();
-  $("ask").requestSubmit();
-};
-fetch("health").then(reply => reply.json()).then(health => {
-  runs = health.runs;
-  for (const each of runs) make("option", each.name, $("run"));
-  $("choice").hidden = runs.length < 2;
-  choose(runs[0].name);
-}).catch(() => complain("the server does not answer"));
+document.ondrop = event => { event.preventDefault(); send(event.dataTransfer.files); };
+{% else %}
+$("ask").onclick = () =>
+  predict(JSON.stringify({text: $("sentence").value}), "application/json");
+{% endif %}
 </script>
 {% endblock %}
 """
 
 
 class Refused(Exception):
-    """A request that cannot be answered: its HTTP status, and one sentence."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
+    """Why a request is not answered: its HTTP status, and one sentence."""
 
 
-def read_request(ready: Predictor, content: str, body: bytes) -> Any:
-    """The sample in a request's body."""
+async def read_body(request: Any) -> bytes:
+    """The body of a request, read no further than it may be long."""
+    body, announced = bytearray(), int(request.headers.get("content-length", 0))
+    too_large = Refused(413, f"a request may hold {format_size(MAX_REQUEST_BYTES)}")
+    if announced > MAX_REQUEST_BYTES:
+        raise too_large
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_REQUEST_BYTES:
+            raise too_large
+    return bytes(body)
+
+
+def read_sample(ready: Predictor, content: str, body: bytes) -> Any:
+    """The sample in a request's body: a file as it is, or JSON."""
     takes = f"{ready.run.resolve().name} takes {ready.kind.request}"
     sent: Any = body
     if not body:
@@ -6562,134 +6280,108 @@ def read_request(ready: Predictor, content: str, body: bytes) -> Any:
         raise Refused(413 if isinstance(problem, SampleTooLarge) else 422, said) from None
 
 
-async def read_body(request: Any) -> bytes:
-    """The body of a request, read no further than it may be long."""
-    body, length = bytearray(), int(request.headers.get("content-length", 0))
-    too_large = Refused(413, f"a request may hold {format_size(MAX_REQUEST_BYTES)}")
-    if length > MAX_REQUEST_BYTES:
-        raise too_large
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_REQUEST_BYTES:
-            raise too_large
-    return bytes(body)
-
-
 def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -> Meta:
-    """The answer to a request, in JSON's terms."""
-    samples = ready.pack([read_request(ready, content, body)])
-    share = ready.shares(samples)[0]
-    best = int(share.argmax())
+    """What the model says about the sample in a request's body."""
+    samples = ready.pack([read_sample(ready, content, body)])
+    shares = ready.shares(samples)
+    best, rounded = int(shares.argmax()), [round(share, 6) for share in shares[0].tolist()]
     answer = {"run": ready.run.resolve().name, "predicted": ready.classes[best],
-              "confidence": round(float(share[best]), 6),
-              "probabilities": dict(zip(ready.classes, [round(p, 6) for p in share.tolist()],
-                                        strict=True))}
+              "confidence": rounded[best],
+              "probabilities": dict(zip(ready.classes, rounded, strict=True))}
     if explain:
         label = torch.tensor([best], device=ready.machine.device)
         answer |= samples.answer(ready.model, torch.tensor([0]), label)[0]
     return answer
 
 
-def describe_run(ready: Predictor) -> Meta:
-    """What a visitor should know of a run."""
-    accuracy = None
-    with contextlib.suppress(UsageError):  # only model.pt has to be there
-        accuracy = read_json(ready.run / "metrics.json").get("test_accuracy")
-    return {"name": ready.run.resolve().name, "test_accuracy": accuracy,
-            **{key: ready.meta[key] for key in RUN_FACTS}}
+async def predict_request(request: Any, predictors: dict[str, Predictor],
+                          turn: asyncio.Lock) -> Meta:
+    """The answer to POST /predict."""
+    known, explain = ", ".join(predictors), request.query_params.get("explain", "0")
+    name = request.query_params.get("run", known if len(predictors) == 1 else None)
+    if explain not in ("0", "1"):
+        raise Refused(400, "explain is 0 or 1")
+    if name is None:
+        raise Refused(400, f"several runs are served here: add ?run= and one of {known}")
+    if name not in predictors:
+        raise Refused(404, f"no such run is served here; there is {known}")
+    try:
+        body = await asyncio.wait_for(read_body(request), SECONDS_TO_SEND)
+    except asyncio.TimeoutError:
+        raise Refused(408, "the request came too slowly") from None
+    content = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    async with turn:  # one model works at a time
+        return await asyncio.to_thread(answer_request, predictors[name], content, body,
+                                       explain == "1")
 
 
 def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
     """The FastAPI application: a page, /health, /metrics, and POST /predict."""
     from fastapi import FastAPI
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-    from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
-    lock, times = threading.Lock(), Counter[tuple[str, int]]()  # one model works at a time
-    known = ", ".join(predictors)
-    health = {"status": "ok", "version": VERSION,
-              "runs": [describe_run(ready) for ready in predictors.values()]}
-    page = render("served", title="Try the model", most=MAX_REQUEST_BYTES)
+    turn, times = asyncio.Lock(), Counter[tuple[str, int]]()
+    runs = {name: describe_run(ready) for name, ready in predictors.items()}
+    first, *_ = runs
 
-    def answer(name: str, content: str, body: bytes, explain: bool) -> Meta:
-        with lock:
-            return answer_request(predictors[name], content, body, explain)
+    def show_page(request: Any) -> Any:
+        run = runs.get(request.query_params.get("run"), runs[first])
+        page = render("served", title=f"Try {run['name']}", run=run, names=list(runs),
+                      most=MAX_REQUEST_BYTES)
+        return HTMLResponse(page, headers=page_guard(page))
 
-    async def reply(request: Any) -> Meta:
-        explain = request.query_params.get("explain", "0")
-        name = request.query_params.get("run", known if len(predictors) == 1 else None)
-        if explain not in ("0", "1"):
-            raise Refused(400, "explain is 0 or 1")
-        if name is None:
-            raise Refused(400, f"several runs are served here: add ?run= and one of {known}")
-        if name not in predictors:
-            raise Refused(404, f"no such run is served here; there is {known}")
-        try:
-            body = await asyncio.wait_for(read_body(request), SECONDS_TO_SEND)
-        except asyncio.TimeoutError:
-            raise Refused(408, "the request came too slowly") from None
-        content = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        return await run_in_threadpool(answer, name, content, body, explain == "1")
+    def show_metrics(request: Any) -> Any:
+        lines = [f'dld_requests_total{{run={json.dumps(run)},status="{status}"}} {n}\n'
+                 for (run, status), n in sorted(times.items())]
+        return PlainTextResponse("# TYPE dld_requests_total counter\n" + "".join(lines),
+                                 media_type="text/plain; version=0.0.4")
 
     async def show_answer(request: Any) -> Any:
         try:
-            status, found = 200, await reply(request)
+            status, found = 200, await predict_request(request, predictors, turn)
         except Refused as problem:
-            status, found = problem.status, {"error": str(problem)}
+            status, found = problem.args[0], {"error": problem.args[1]}
         except asyncio.CancelledError:
             status, found = 503, {"error": "this server is being stopped"}
-        except HTTPException:
-            raise
         except Exception as problem:
             log(f"error: a request failed: {type(problem).__name__}: {problem}")
             status, found = 500, {"error": "this should not have happened; see the server's log"}
-        times[request.query_params.get("run", known), status] += 1
+        if (name := request.query_params.get("run", first)) in runs:
+            times[name, status] += 1
         # A body that is too long or too slow is not read to its end.
         return JSONResponse(found, status, {"Connection": "close"} if status in (408, 413) else {})
 
-    async def refuse(request: Any, problem: Any) -> Any:
-        where = "there are GET /, /health and /metrics, and POST /predict"
-        said = {"error": f"{problem.detail}; {where}"}
-        return JSONResponse(said, problem.status_code, problem.headers)
+    def refuse(request: Any, problem: Any) -> Any:
+        said = f"{problem.detail}; there are GET /, /health and /metrics, and POST /predict"
+        return JSONResponse({"error": said}, problem.status_code, problem.headers)
 
-    async def show_page(request: Any) -> Any:
-        return HTMLResponse(page, headers=page_guard(page))
-
-    async def show_health(request: Any) -> Any:
-        return JSONResponse(health)
-
-    async def show_metrics(request: Any) -> Any:
-        lines = [f'dld_requests_total{{run={json.dumps(run)},status="{status}"}} {n}\n'
-                 for (run, status), n in sorted(times.items()) if run in predictors]
-        return PlainTextResponse("# HELP dld_requests_total Requests for predictions, by run and "
-                                 "status of the answer.\n# TYPE dld_requests_total counter\n"
-                                 + "".join(lines), media_type="text/plain; version=0.0.4")
-
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None,
-                  exception_handlers={HTTPException: refuse},
-                  routes=[Route("/", show_page), Route("/health", show_health),
-                          Route("/metrics", show_metrics),
-                          Route("/predict", show_answer, methods=["POST"])])
+    health = {"status": "ok", "version": VERSION, "runs": list(runs.values())}
+    routes: list[Any] = [
+        Route("/", show_page), Route("/health", lambda request: JSONResponse(health)),
+        Route("/metrics", show_metrics), Route("/predict", show_answer, methods=["POST"])]
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=routes,
+                  exception_handlers={HTTPException: refuse})
     app.router.redirect_slashes = False
     return app
 
 
 def page_guard(page: str) -> dict[str, str]:
-    """Headers that let a browser run nothing but this page's own script, and load nothing else."""
-    allowed = {tag: " ".join("'sha256-" + base64.b64encode(hashlib.sha256(
-        found.encode()).digest()).decode() + "'" for found in re.findall(
-            f"<{tag}>(.*?)</{tag}>", page, re.S)) for tag in ("script", "style")}
+    """A header that lets a browser run nothing but this page's own script, and load nothing."""
+    own = {}
+    for tag in ("script", "style"):
+        digests = [hashlib.sha256(text.encode()).digest()
+                   for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)]
+        own[tag] = " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in digests)
     return {"Content-Security-Policy":
-            f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; "
-            "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+            f"default-src 'none'; script-src {own['script']}; style-src {own['style']}; "
+            "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
             "frame-ancestors 'none'"}
 
 
 def open_port(host: str, port: int) -> socket.socket:
     """A socket that listens, or one clear line."""
-    if not 0 <= port <= 65535:
-        raise UsageError(f"--port {port}: must be at least 0 and at most 65535")
+    check_setting("--port", port, int, {"low": 0, "high": 65535})
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
@@ -6705,8 +6397,8 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
     """Answer requests for predictions until Ctrl-C."""
     refuse_settings(given, "serve", ("device", "precision"))
     require("--serve", "fastapi", "uvicorn")
-    names = [run.resolve().name for run in runs]
-    if len(set(names)) < len(names):
+    named = {run.resolve().name: run for run in runs}
+    if len(named) < len(runs):
         raise UsageError("--serve: each --run needs a folder name of its own")
     import uvicorn
     # Of 1024 kernels: texts of all lengths would fill 100 MB.
@@ -6714,7 +6406,7 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
     with open_port(host, port) as door:
         machine = start_machine(Config(**{"precision": "fp32", **given}))
         keep_freed_memory(1 << 23)  # a server that was sent one large picture must not stay large
-        ready = dict(zip(names, (Predictor(run, machine) for run in runs), strict=True))
+        ready = {name: Predictor(run, machine) for name, run in named.items()}
         headers = [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
                    ("Cache-Control", "no-store")]
         settings = uvicorn.Config(
@@ -6722,7 +6414,7 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
             http="h11", ws="none", loop="asyncio", server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=3, limit_concurrency=MAX_CONNECTIONS, headers=headers)
         where = f"[{host}]" if ":" in host else host
-        log(f"Serving {', '.join(names)} at http://{where}:{door.getsockname()[1]}/ until Ctrl-C")
+        log(f"Serving {', '.join(named)} at http://{where}:{door.getsockname()[1]}/ until Ctrl-C")
         with InterruptHandler(), contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run([door])
     log("Stopped serving")
