@@ -29,14 +29,14 @@ Contents, with the line where each section begins:
      5  Evaluation ...................... 1192
      6  Explanations .................... 1665
      7  Data ............................ 1903
-     8  Tasks ........................... 3475
-     9  Machine ......................... 3722
-    10  Figures ......................... 4272
-    11  Report .......................... 4566
-    12  Runs ............................ 5082
-    13  Using a model ................... 5827
-    14  Search and notebook ............. 6424
-    15  Command line .................... 6912
+     8  Tasks ........................... 3479
+     9  Machine ......................... 3726
+    10  Figures ......................... 4276
+    11  Report .......................... 4570
+    12  Runs ............................ 5099
+    13  Using a model ................... 5844
+    14  Search and notebook ............. 6441
+    15  Command line .................... 6929
 """
 
 # /// script
@@ -3248,21 +3248,23 @@ def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
             raise UsageError(f"{flag} {name}: {path} has no such column{nearest(name, columns)}; "
                              f"it has {shorten(columns, 200)}")
     some = table.iloc[:2000]
-    others = {name.lower(): name for name in columns if name not in (text, label)}
+    length = {name: some[name].map(lambda v: len(v) if isinstance(v, str) else 0).mean()
+              for name in columns}
+    variety = {name: some[name].astype(str).nunique() for name in columns}
 
-    def usual(known: list[str]) -> str:
-        return next((others.pop(name) for name in known if name in others), "")
+    def called(usual: list[str], among: list[str]) -> list[str]:
+        exactly = [name for one in usual for name in among if name.lower() == one]
+        return exactly[:1] or [name for name in among
+                               if {*usual} & {*re.split(r"[\W_]+", name.lower())}]
 
-    def mean_length(name: str) -> float:
-        return some[name].map(lambda value: len(value) if isinstance(value, str) else 0).mean()
-
-    def variety(name: str) -> int:
-        return some[name].astype(str).nunique()
-
-    label = label or usual(LABEL_COLUMNS)
-    text = text or usual(TEXT_COLUMNS) or max(others.values(), key=mean_length, default="")
-    label = label or min((name for name in others.values() if name != text and variety(name) > 1),
-                         key=variety, default="")
+    others = [name for name in columns if name not in (text, label)]
+    label = label or min(called(LABEL_COLUMNS, others), key=variety.__getitem__, default="")
+    others = [name for name in others if name != label]
+    longest = max(others, key=length.__getitem__, default="")
+    named = [name for name in called(TEXT_COLUMNS, others) if 5 * length[name] > length[longest]]
+    text = text or max(named, key=length.__getitem__, default=longest)
+    others = [name for name in others if name != text and variety[name] > 1]
+    label = label or min(others, key=variety.__getitem__, default="")
     if not text or (labelled and not label):
         what, flag = ("classes", "--label-column") if text else ("texts", "--text-column")
         raise DataError(f"{path}: no column with {what} was found; name it with {flag}")
@@ -3301,6 +3303,8 @@ def read_texts(config: Config, say: Callable[[str], Any]) -> RawData:
         raise DataMissing(f"--data {path}: no such file or folder")
     if path.is_dir():
         found, skipped = list_samples(path, (".txt",), "texts (.txt)")
+        if sum(name.lower().endswith(PICTURE_ENDINGS) for name, _ in skipped) > len(found):
+            raise UsageError(f"--data {path}: mostly pictures; try --task images")
         for one in found:
             one.content = read_text(one.content)
         skipped += [(one.name, "no text in it") for one in found if not one.content.strip()]
@@ -4581,9 +4585,13 @@ STYLE = """
   mark.against { background: rgb(0 114 178 / calc(0.75 * var(--dark))); }
   figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
   p, td { overflow-wrap: anywhere; } .wide { overflow-x: auto; }
-  table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
+  .words { line-height: 1.7; }
+  table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+  caption { text-align: left; font-weight: 600; }
   td, th { padding-right: 0.8rem; border-bottom: 1px solid var(--line); text-align: right; }
   tr > :first-child, tr > :nth-child(2):last-child { text-align: left; font-weight: normal; }
+  @media print { :root { color-scheme: light; } nav { display: none; }
+                 h2, h3 { break-after: avoid; } tr { break-inside: avoid; } }
 """
 
 TEMPLATES = {"macros": """
@@ -4957,7 +4965,12 @@ def report_errors(folder: Path, found: Evaluation) -> list[Block | None]:
     """Where it errs."""
     worst = [f"Its surest mistakes; the surest of all: {v.predicted} {v.confidence:.0%} "
              f"(true: {v.true})." for v in verdicts(found, found.mistakes[:1])]
-    columns = ["group", "samples", "accuracy", "low", "high"]  # low, high: the 95 % interval
+    def in_percent(table: pd.DataFrame) -> pd.DataFrame:
+        """Groups of samples with their accuracy and its interval, for people."""
+        ends = [f"{row.low:.1%} to {row.high:.1%}" for row in table.itertuples()]
+        return table[["group", "samples"]].assign(
+            accuracy=table["accuracy"].map("{:.1%}".format), **{"95% interval": ends})
+
     sure = measure_coverage(found.confidence, found.right)
     sure["group"] = sure["least"].map("at least {:.0%} sure".format)
     blocks = [
@@ -4966,11 +4979,11 @@ def report_errors(folder: Path, found: Evaluation) -> list[Block | None]:
         table_block("Each class", found.by_class),
         figure_block(folder / "mistakes.png", "".join(worst)),
         figure_block(folder / "sample_predictions.png", "Test samples drawn at random."),
-        table_block("By its own confidence", sure[columns])]
+        table_block("By its own confidence", in_percent(sure))]
     groups = found.data.samples.groups(found.rows)
     for name, (names, group) in groups.items():
         table, p = group_accuracy(found.right, group, names)
-        blocks += [table_block(f"By {name}", table[columns]),
+        blocks += [table_block(f"By {name}", in_percent(table)),
                    text_block(say_groups(name, table, p, len(groups)))]
     return blocks
 
@@ -5018,6 +5031,8 @@ def say_verdicts(runs: pd.DataFrame, right: dict[str, np.ndarray]) -> list[str]:
         said.append(f"{verdict}: {say_gain(gain, 'other')}, McNemar's test {p_value(alone)}{many}.")
     if len(pairs) > 1 and won_by_best == len(runs) - 1:
         said.insert(0, f"{ranked[0].label} is better than every other run.")
+    elif len(pairs) > 1:
+        said.insert(0, "No run is shown to be better than every other.")
     if runs["test"].nunique() > 1:
         said.append("Of runs that were not tested on the same samples, accuracy says nothing about "
                     "which network is better.")
@@ -5078,6 +5093,8 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
             figure_block(curves, "Validation loss and accuracy after each epoch.")]},
         [*runs[runs["stand_in"]]["dataset"]])
     return report
+
+
 # ================================================================================================
 # 12  Runs
 #     A run folder from its first line to its last file; what a finished one can be asked.
