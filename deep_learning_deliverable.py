@@ -23,20 +23,20 @@ tables, metrics.json, model.pt. Data travels one way:
 Contents, with the line where each section begins:
 
      1  Head .............................. 56
-     2  Config ........................... 190
-     3  Models ........................... 395
-     4  Training ......................... 746
-     5  Evaluation ...................... 1192
-     6  Explanations .................... 1665
-     7  Data ............................ 1903
-     8  Tasks ........................... 3479
-     9  Machine ......................... 3726
-    10  Figures ......................... 4276
-    11  Report .......................... 4570
-    12  Runs ............................ 5099
-    13  Using a model ................... 5844
-    14  Search and notebook ............. 6441
-    15  Command line .................... 6929
+     2  Config ........................... 191
+     3  Models ........................... 396
+     4  Training ......................... 747
+     5  Evaluation ...................... 1193
+     6  Explanations .................... 1666
+     7  Data ............................ 1904
+     8  Tasks ........................... 3480
+     9  Machine ......................... 3727
+    10  Figures ......................... 4277
+    11  Report .......................... 4571
+    12  Runs ............................ 5102
+    13  Using a model ................... 5847
+    14  Search and notebook ............. 6444
+    15  Command line .................... 6934
 """
 
 # /// script
@@ -72,6 +72,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -4628,7 +4629,9 @@ TEMPLATES = {"macros": """
 <tr>{% for name in it.frame.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
 {% for row in it.frame.itertuples(index=False, name=None) %}
 <tr><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}<td>{{ "–" if cell != cell else cell }}</td>{% endfor %}</tr>
+{%- for cell in row[1:] %}
+<td>{{ "–" if cell != cell else "%.3f" % cell if cell is float else cell }}</td>
+{%- endfor %}</tr>
 {% endfor %}
 </table></div>
 {% endif %}
@@ -4707,7 +4710,7 @@ def table_block(caption: str, table: pd.DataFrame | dict[str, Any]) -> Block:
     """A table; a dict is one of facts."""
     if isinstance(table, dict):
         table = pd.DataFrame(table.items(), columns=["what", "value"])
-    return {"kind": "table", "caption": caption, "frame": table.round(3)}
+    return {"kind": "table", "caption": caption, "frame": table}
 
 
 def figure_block(path: Path, finding: str) -> Block | None:
@@ -6052,8 +6055,8 @@ def trace_graph(ready: Predictor) -> Any:
     free = {0: torch.export.Dim("batch", min=1, max=2**30)}  # torch 2.6 wants an end
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operation that other programs do not know
-    graph = torch.export.export(Standalone(ready).eval(), (x,), dynamic_shapes=(free,),
-                                strict=False)
+    network = Standalone(ready).eval()
+    graph = torch.export.export(network, (x,), dynamic_shapes=(free,), strict=False)
     torch.backends.mha.set_fastpath_enabled(fast)
     return graph
 
@@ -6176,7 +6179,7 @@ TEMPLATES["served"] = """{% extends "page" %}{% block body %}
   textarea { display: block; width: 100%; box-sizing: border-box; font: inherit; }
   #drop { display: block; padding: 1.4rem; border: 2px dashed var(--line); }
   #error::first-letter { text-transform: uppercase; }
-  #bars, meter { width: 100%; }
+  #bars, #bars td:nth-child(2), meter { width: 100%; }
 </style>
 <select id="run" aria-label="Run" {{ "hidden" if names|length == 1 }}>
 {% for name in names %}<option {{ "selected" if name == run.name }}>{{ name }}</option>{% endfor %}
@@ -6185,7 +6188,8 @@ TEMPLATES["served"] = """{% extends "page" %}{% block body %}
 <p class="banner">Trained on {{ run.dataset }}: good for trying out, not for claims.</p>
 {% endif %}
 <p class="headline">{{ run.task }}: {{ run.model }} on {{ run.dataset }}
-{%- if run.test_accuracy %}, test accuracy {{ "%.1f" % (100 * run.test_accuracy) }}%{% endif %}.</p>
+{%- if run.test_accuracy is not none %}, test accuracy {{ "%.1f%%" % (100 * run.test_accuracy) }}
+{%- endif %}.</p>
 {% if run.kind == "image" %}
 <label id="drop">Choose a picture, drop one here, or paste one
 <input id="file" type="file" accept="image/*"></label>
@@ -6340,10 +6344,9 @@ def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
     from starlette.routing import Route
     turn, times = asyncio.Lock(), Counter[tuple[str, int]]()
     runs = {name: describe_run(ready) for name, ready in predictors.items()}
-    first, *_ = runs
 
     def show_page(request: Any) -> Any:
-        run = runs.get(request.query_params.get("run"), runs[first])
+        run = runs.get(request.query_params.get("run")) or next(iter(runs.values()))
         page = render("served", title=f"Try {run['name']}", run=run, names=list(runs),
                       most=MAX_REQUEST_BYTES)
         return HTMLResponse(page, headers=page_guard(page))
@@ -6364,7 +6367,7 @@ def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
         except Exception as problem:
             log(f"error: a request failed: {type(problem).__name__}: {problem}")
             status, found = 500, {"error": "this should not have happened; see the server's log"}
-        if (name := request.query_params.get("run", first)) in runs:
+        if (name := request.query_params.get("run", ", ".join(runs))) in runs:
             times[name, status] += 1
         # A body that is too long or too slow is not read to its end.
         return JSONResponse(found, status, {"Connection": "close"} if status in (408, 413) else {})
@@ -6780,6 +6783,8 @@ def isolate_notebook(work: Callable[[], Any], log: Log | None = None) -> Any:
         again = f'; go on with train(resume="{log.path.parent.as_posix()}")' if (
             log and log.path) else ""
         failed = CellInterrupted(f"interrupted{again}")
+    finally:
+        gc.collect()  # what is left of a training refers to itself, and may fill a GPU
     raise failed
 
 
