@@ -22,21 +22,21 @@ tables, metrics.json, model.pt. Data travels one way:
 
 Contents, with the line where each section begins:
 
-     1  Head .............................. 56
-     2  Config ........................... 191
-     3  Models ........................... 396
-     4  Training ......................... 747
-     5  Evaluation ...................... 1193
-     6  Explanations .................... 1666
-     7  Data ............................ 1904
-     8  Tasks ........................... 3480
-     9  Machine ......................... 3727
-    10  Figures ......................... 4277
-    11  Report .......................... 4571
-    12  Runs ............................ 5102
-    13  Using a model ................... 5847
-    14  Search and notebook ............. 6444
-    15  Command line .................... 6934
+     1  Head ........................... 56
+     2  Config ........................ 184
+     3  Models ........................ 389
+     4  Training ...................... 740
+     5  Evaluation ................... 1164
+     6  Explanations ................. 1637
+     7  Data ......................... 1875
+     8  Tasks ........................ 3451
+     9  Machine ...................... 3698
+    10  Figures ...................... 4218
+    11  Report ....................... 4513
+    12  Runs ......................... 5044
+    13  Using a model ................ 5725
+    14  Search and notebook .......... 6313
+    15  Command line ................. 6778
 """
 
 # /// script
@@ -88,6 +88,7 @@ import os
 import pickle
 import platform
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -177,14 +178,6 @@ class DataMissing(DataError):
 
 class UnreadableSample(Failure):
     """One picture or text of many that cannot be read."""
-
-
-class SampleTooLarge(UnreadableSample):
-    """One that could be read, but is larger than what is accepted."""
-
-
-class ProcessLost(Failure):
-    """Another process of the same training has ended."""
 
 
 # ================================================================================================
@@ -756,6 +749,10 @@ class Interrupted(KeyboardInterrupt):
 class Diverged(Failure):
     """The loss is no number any more."""
 
+    def __init__(self, epoch: int, lr: float) -> None:
+        super().__init__(f"the loss became no number in epoch {epoch}; try a smaller --lr than "
+                         f"{lr:g}, or --precision fp32")
+
 
 @dataclass
 class TrainState:
@@ -904,7 +901,7 @@ def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context:
             shown = mark
             loss, accuracy = (state.sums * (machine.group.size / state.seen)).tolist()
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}")
-        context.checkpointer.after_step(state, machine.group)
+        context.checkpointer.after_step(state, machine.group, config.lr)
 
 
 def train_step(state: TrainState, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
@@ -949,7 +946,7 @@ def close_epoch(state: TrainState, context: Context) -> None:
         val_loss = float(F.cross_entropy(logits, data.labels[rows]))
         val_accuracy = float((logits.argmax(1) == data.labels[rows]).double().mean())
     if not math.isfinite(loss) or (len(rows) and not math.isfinite(val_loss)):
-        raise Diverged(f"the loss became no number in epoch {state.epoch + 1}")
+        raise Diverged(state.epoch + 1, context.config.lr)
     state.epoch_start, state.step, state.seen = state.order.get_state(), 0, 0
     state.sums = torch.zeros_like(state.sums)
     state.epoch += 1
@@ -1103,32 +1100,11 @@ def load_file(path: Path, version: int = MODEL_FORMAT) -> dict[str, Any]:
     return values
 
 
-def save_file(path: Path, values: dict[str, Any], older: Path | None = None) -> None:
+def save_file(path: Path, values: dict[str, Any]) -> None:
     """Tensors and plain Python only, so that loading never runs code."""
     whole = io.BytesIO()  # torch.save would hide why a file cannot be written
     torch.save(values, whole)
-    write_atomically(path, lambda part: part.write_bytes(whole.getbuffer()), older)
-
-
-def previous(checkpoint: Path) -> Path:
-    """The name of the checkpoint before this one."""
-    return checkpoint.with_name(f"{checkpoint.stem}-before{checkpoint.suffix}")
-
-
-def load_checkpoint(path: Path, say: Callable[[str], Any]) -> dict[str, Any] | None:
-    """The newer whole one of the two that a run keeps; None if it was stopped before the first."""
-    before = previous(path)
-    if not path.exists():  # killed between two renamings, or before there was anything
-        return load_file(before, STATE_FORMAT) if before.exists() else None
-    try:
-        return load_file(path, STATE_FORMAT)
-    except UsageError as problem:
-        if not before.exists():
-            raise
-        values = load_file(before, STATE_FORMAT)
-        say(f"WARNING  {problem}.\n         Going on from the one before it, of epoch "
-            f"{values['epoch'] + 1}, step {values['step']}.\n")
-        return values
+    write_atomically(path, lambda part: part.write_bytes(whole.getbuffer()))
 
 
 class Checkpointer:
@@ -1143,11 +1119,6 @@ class Checkpointer:
         self.saved_at, self.saved = time.perf_counter(), (-1, -1)  # the epoch and step on the disk
         self.cost, self.failed = 0.0, False
 
-    @property
-    def waited(self) -> float:
-        """Seconds since the state was last saved."""
-        return time.perf_counter() - self.saved_at
-
     def save(self, state: TrainState, group: DistributedContext) -> None:
         """Put the state on the disk; a full disk is said once, and does not end the training."""
         started = time.perf_counter()
@@ -1157,7 +1128,7 @@ class Checkpointer:
         values = state.capture(group)
         try:
             if group.is_leader:
-                save_file(self.path, values, previous(self.path))
+                save_file(self.path, values)
             self.failed = False
         except OSError as problem:
             if not self.failed:
@@ -1167,16 +1138,15 @@ class Checkpointer:
         self.saved, self.saved_at = (state.epoch, state.step), time.perf_counter()
         self.cost = self.saved_at - started
 
-    def after_step(self, state: TrainState, group: DistributedContext) -> None:
+    def after_step(self, state: TrainState, group: DistributedContext, lr: float) -> None:
         """Save if it is time to; end if asked to. A broken state is neither saved nor used."""
-        on_cpu = state.noise.device.type == "cpu"  # elsewhere looking at the loss means waiting
-        late = self.path is not None and self.waited > self.every
-        broken = on_cpu and not state.sums[0].isfinite()
-        stop, late, broken = group.any(self.interrupt.requested, late, bool(broken))
-        if not on_cpu and (stop or late):
+        late = self.path is not None and time.perf_counter() - self.saved_at > self.every
+        stop, late = group.any(self.interrupt.requested, late)
+        # Elsewhere than on a CPU, looking at the loss means waiting for the device.
+        if stop or late or state.noise.device.type == "cpu":
             broken, = group.any(not state.sums[0].isfinite())
-        if broken:
-            raise Diverged(f"the loss became no number in epoch {state.epoch + 1}")
+            if broken:
+                raise Diverged(state.epoch + 1, lr)
         if stop or late:
             self.save(state, group)
         if stop:
@@ -1184,7 +1154,8 @@ class Checkpointer:
 
     def after_epoch(self, state: TrainState, group: DistributedContext) -> None:
         """Save, unless that would cost more than a hundredth of the time."""
-        due, = group.any(self.saved == (-1, -1) or self.waited > 100 * self.cost)
+        waited = time.perf_counter() - self.saved_at
+        due, = group.any(self.saved == (-1, -1) or waited > 100 * self.cost)
         if due:
             self.save(state, group)
 
@@ -2653,7 +2624,7 @@ class TextData(SampleData):
             raise UnreadableSample("a file, but this run reads texts: send JSON, "
                                    '{"text": "a wonderful film"}')
         if len(sent) > MAX_CHARACTERS:
-            raise SampleTooLarge(f"{len(sent):,} characters; the most are {MAX_CHARACTERS:,}")
+            raise UnreadableSample(f"{len(sent):,} characters; the most are {MAX_CHARACTERS:,}")
         return sent.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
 
     @staticmethod
@@ -3773,18 +3744,13 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any], older: Path | None = None) -> None:
-    """Let `write` fill a temporary neighbour, then give it this name: nobody sees half a file.
-
-    What had the name before may be kept under that of `older`.
-    """
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a temporary neighbour, then give it this name: nobody sees half a file."""
     scratch = path.with_name(f".{path.name}.part")
     try:
         write(scratch)
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the content
-        if older and path.exists():
-            os.replace(path, older)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -3874,35 +3840,11 @@ def join_group() -> DistributedContext:
     if size == 1:
         return DistributedContext()
     if not dist.is_initialized():
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-        store, rank, _ = next(dist.rendezvous("env://"))
-        if here == size:  # else a restart finds the addresses of the dead (pytorch issue 135712)
-            start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-            store = dist.PrefixStore(f"start {start}", store)
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice: it leaves cores idle
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
     return DistributedContext(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def launch_id() -> str:
-    """Names the torchrun that started this process, the same after restarts; else empty."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{run} {os.getppid()} {socket.gethostname()}" if run else ""
-
-
-@contextlib.contextmanager
-def noticing_lost_processes(group: DistributedContext) -> Iterator[None]:
-    """Say in one line that another process has ended, whatever the libraries call it."""
-    try:
-        yield
-    except RuntimeError as problem:
-        lost = re.search("gloo|nccl|connection|peer", str(problem), re.IGNORECASE)
-        if group.size == 1 or not lost:
-            raise
-        raise ProcessLost(f"another of the {group.size} processes has ended; what was saved is kept"
-                          ) from problem
 
 
 class InterruptHandler:
@@ -3931,7 +3873,8 @@ class InterruptHandler:
         if not self.deferring:
             self.raised = True
             raise KeyboardInterrupt
-        if not self.requested and not launch_id():  # torchrun repeats what its processes have got
+        # torchrun's processes get a signal twice: from the terminal, and from torchrun.
+        if not self.requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             said = "\nStopping after this step; once more Ctrl-C leaves at once.\n"
             sys.stdout.write(said) if in_notebook() else os.write(2, said.encode())
             for each in self.before:
@@ -4014,19 +3957,17 @@ def start_machine(config: Config, group: DistributedContext = DistributedContext
     name = config.device
     if name == "auto":
         name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
-    cuda, mps, gpus = name == "cuda", name == "mps", torch.cuda.device_count()
-    for wrong, flag, why in (
-            (cuda and not has_cuda, "", "this PyTorch sees no CUDA device; use --device auto or "
-                                        "cpu"),
-            (mps and not has_mps, "", "no Apple GPU is available here; use --device auto or cpu"),
-            (mps and group.size > 1, "", "an Apple GPU serves one process; leave torchrun out, or "
-                                         "use --device cpu"),
-            (mps and config.precision in ("bf16", "fp16"), f" --precision {config.precision}",
-             "Apple GPUs compute in fp32; use that or --device cpu"),
-            (cuda and group.local_rank >= gpus, "", f"{group.local_rank + 1} processes, but {gpus} "
-             "GPUs here; give torchrun a smaller --nproc-per-node")):
-        if wrong:
-            raise UsageError(f"--device {name}{flag}: {why}")
+    why = ""
+    if name == "cuda" and not has_cuda:
+        why = "this PyTorch sees no CUDA device; use --device auto or cpu"
+    elif name == "cuda" and group.local_rank >= torch.cuda.device_count():
+        why = "fewer GPUs here than processes; give torchrun a smaller --nproc-per-node"
+    elif name == "mps" and not has_mps:
+        why = "no Apple GPU is available here; use --device auto or cpu"
+    elif name == "mps" and (group.size > 1 or config.precision in ("bf16", "fp16")):
+        why = "an Apple GPU serves one process, in fp32; change that, or use --device cpu"
+    if why:
+        raise UsageError(f"--device {name}: {why}")
     if name == "cuda":
         torch.cuda.set_device(group.local_rank)
         torch.backends.cudnn.benchmark = True
@@ -4280,6 +4221,7 @@ def fit_to_budget(raw: RawData, config: Config, machine: Machine, given: dict[st
 
 # Told apart by every kind of colour vision (Okabe and Ito).
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#6b6b6b"
+FIGURE_DPI = 150  # finer than most screens: pages show figures at two thirds of their pixels
 
 
 @contextlib.contextmanager
@@ -4295,7 +4237,7 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
              "legend.fontsize": 9, "figure.titlesize": 11.5}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a sign that the font lacks is drawn as a box
-        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=FIGURE_DPI, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
         write_atomically(path, lambda part: figure.savefig(part, format="png",
@@ -4642,7 +4584,7 @@ TEMPLATES = {"macros": """
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title.splitlines()[0] }}</title>
-<style>{{ style|safe }}</style>
+<style{% if nonce %} nonce="{{ nonce }}"{% endif %}>{{ style|safe }}</style>
 </head>
 <body>
 <h1>{{ title.splitlines()|join("<br>"|safe) }}</h1>
@@ -4683,7 +4625,7 @@ def data_uri(png: bytes) -> str:
 
 
 def png_size(png: bytes) -> tuple[int, int]:
-    """How large a figure is meant to be seen; they are drawn finer than most screens are."""
+    """How large a figure is meant to be seen."""
     width, height = (int.from_bytes(png[place:place + 4], "big") for place in (16, 20))
     return width * 2 // 3, height * 2 // 3
 
@@ -5104,8 +5046,11 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
 # ================================================================================================
 
 
-def check_room(place: Path, needed: int = 0) -> None:
-    """Refuse a folder that takes no files, or not so many bytes, before anything is computed."""
+RUN_BYTES = 100_000_000  # what a run folder may come to hold: figures, and twice the weights
+
+
+def check_room(place: Path) -> None:
+    """Refuse a folder that takes no files, or hardly any, before anything is computed."""
     place = next(each for each in (place.absolute(), *place.absolute().parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -5113,9 +5058,9 @@ def check_room(place: Path, needed: int = 0) -> None:
     except OSError as problem:
         raise Failure(f"cannot write into {place}: {problem.strerror}; try another --output-dir"
                       ) from problem
-    if free < needed:
-        raise Failure(f"{place} has {format_size(free)} left, this run needs about "
-                      f"{format_size(needed)}; make room, or try another --output-dir")
+    if free < RUN_BYTES:
+        raise Failure(f"{place} has {format_size(free)} left, a run needs {format_size(RUN_BYTES)};"
+                      " make room, or try another --output-dir")
 
 
 def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
@@ -5285,20 +5230,17 @@ def explain_some(folder: Path, model: nn.Module, found: Evaluation, few: int,
 
 
 class TensorBoard:
-    """Writes what TensorBoard reads; a training that goes on replaces the epochs it repeats."""
+    """Writes the curves for TensorBoard; a training that goes on replaces what it repeats."""
 
     CURVES: typing.ClassVar = {"loss/train": "train_loss", "loss/val": "val_loss",
                                "accuracy/train": "train_accuracy", "accuracy/val": "val_accuracy",
                                "learning rate": "learning_rate"}
 
-    def __init__(self, place: Path, history: list[dict[str, float]]) -> None:
+    def __init__(self, place: Path, epochs_done: int) -> None:
         # With this module there, TensorBoard leaves TensorFlow alone, which takes long to load.
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter
-        fresh = not place.exists()
-        self.writer: Any = SummaryWriter(str(place), purge_step=len(history) + 1)
-        for row in history if fresh else ():  # what went before it was asked for
-            self.add(row)
+        self.writer: Any = SummaryWriter(str(place), purge_step=epochs_done + 1)
 
     def add(self, row: dict[str, float]) -> None:
         """The numbers of an epoch; a full disk must not end a training."""
@@ -5307,22 +5249,6 @@ class TensorBoard:
                 if not math.isnan(row[key]):
                     self.writer.add_scalar(name, row[key], int(row["epoch"]))
             self.writer.flush()
-
-    def finish(self, folder: Path, config: Config, metrics: Meta) -> None:
-        """The figures, the results and the settings."""
-        from PIL import Image
-        for path in sorted(folder.glob("*.png")):
-            with Image.open(path) as picture:
-                self.writer.add_image(path.stem, np.asarray(picture.convert("RGB")),
-                                      metrics["epochs"], dataformats="HWC")
-        for name in ("test_accuracy", "test_loss", "seconds_training", "seconds_total"):
-            self.writer.add_scalar(f"result/{name}", metrics[name], metrics["epochs"])
-        self.writer.add_text("settings", f"```\n{json.dumps(dataclasses.asdict(config), indent=1)}")
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        with contextlib.suppress(OSError):
-            self.writer.close()
 
 
 # -- from flags to a network before its first step -------------------------------------------------
@@ -5374,18 +5300,16 @@ def start_training(data: Dataset, config: Config, machine: Machine) -> tuple[Tra
     return state, said
 
 
-def restore_checkpoint(state: TrainState, checkpointer: Checkpointer,
-                       group: DistributedContext) -> bool:
+def restore_checkpoint(state: TrainState, path: Path, group: DistributedContext) -> bool:
     """Go on from the checkpoint, if there is one."""
-    assert checkpointer.path
-    values = group.broadcast(load_checkpoint(checkpointer.path, checkpointer.say)
-                             if group.is_leader else None)
+    values = group.broadcast(load_file(path, STATE_FORMAT) if group.is_leader and path.exists()
+                             else None)
     if values:
         try:
             state.restore(values, group)
         except (KeyError, TypeError, ValueError, RuntimeError) as problem:
-            raise UsageError(f"{checkpointer.path} does not fit its config.json: was either of "
-                             "another run?") from problem
+            raise UsageError(f"{path} does not fit its config.json: was either of another run?"
+                             ) from problem
     return bool(values)
 
 
@@ -5403,7 +5327,7 @@ class Run:
     budget: TimeBudget
     log: Log
     metrics: Meta = field(default_factory=dict)
-    tracker: TensorBoard | None = None
+    tensorboard: TensorBoard | None = None
 
     @property
     def config(self) -> Config:
@@ -5431,31 +5355,24 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
     group, known = join_group(), {**(saved or {}), **given}
     if known.get("tensorboard"):
         require("--tensorboard", "tensorboard")
-    place = into or Path(str(known.get("output_dir", Config.output_dir)))
-    if not into and group.is_leader and (
-            into := find_restarted(place, known.get("task", Config.task))):
-        given, saved = {}, read_config(into / "config.json")
-    with (noticing_lost_processes(group), contextlib.ExitStack() as held,
-          InterruptHandler() as interrupt):
-        given, saved, into = group.broadcast((given, saved, into))
+    with contextlib.ExitStack() as held, InterruptHandler() as interrupt:
+        given, saved, into = group.broadcast((given, saved or {}, into))
         if group.is_leader:
-            check_room(place)
+            check_room(into or Path(str(known.get("output_dir", Config.output_dir))))
             if into:
                 held.enter_context(run_lock(into))
         budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
-        config, machine, raw, data = prepare(given, saved or {}, log, group, budget)
+        config, machine, raw, data = prepare(given, saved, log, group, budget)
         state, said = start_training(data, config, machine)
         if group.is_leader and not into:
-            weights = sum(4 * p.numel() for p in state.model.parameters())
-            check_room(place, 14 * weights + 20_000_000)  # of it 12 for three checkpoints
             into = fresh_path(Path(config.output_dir) / folder_name(config, data.slug),
                               lambda path: make_run_folder(path, config))
             held.enter_context(run_lock(into))
         folder = group.broadcast(into)
-        every = parse_seconds(config.checkpoint_every)
-        checkpointer = Checkpointer(folder / "checkpoint.pt", every, interrupt, log,
-                                    lambda: budget.spent)
-        resumed = restore_checkpoint(state, checkpointer, group)
+        checkpointer = Checkpointer(
+            folder / "checkpoint.pt", parse_seconds(config.checkpoint_every), interrupt, log,
+            lambda: budget.spent)
+        resumed = restore_checkpoint(state, folder / "checkpoint.pt", group)
         if resumed:
             budget.before = state.spent
             budget.seconds = 0.0 if "epochs" in given else state.budget
@@ -5463,23 +5380,13 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
         run = Run(folder, raw, state, Context(config, data, machine, checkpointer), budget, log)
         run.context.on_epoch = functools.partial(after_epoch, run)
         if config.tensorboard and group.is_leader:
-            run.tracker = TensorBoard(folder / "tensorboard", state.history)
-            held.callback(run.tracker.close)
+            run.tensorboard = TensorBoard(folder / "tensorboard", state.epoch)
+            held.callback(run.tensorboard.writer.close)
         announce(run, said, resumed)
         train_and_report(run)
         if group.is_leader:
             conclude(run)
     return folder
-
-
-def find_restarted(output_dir: Path, task: str) -> Path | None:
-    """The run of the same torchrun, which has restarted its processes after one had died."""
-    for mark in output_dir.glob("*/.torchrun") if launch_id() else ():
-        with contextlib.suppress(OSError):
-            same_task = read_config(mark.with_name("config.json"))["task"] == task
-            if same_task and mark.read_text("utf-8") == launch_id():
-                return mark.parent
-    return None
 
 
 def announce(run: Run, said: str, resumed: bool) -> None:
@@ -5497,8 +5404,6 @@ def announce(run: Run, said: str, resumed: bool) -> None:
     if machine.group.is_leader:
         write_json(run.folder / "config.json", dataclasses.asdict(config))
         run.write_metrics()
-        if launch_id():
-            write_text(run.folder / ".torchrun", launch_id())
         if skipped:
             write_csv(run.folder / "skipped.csv", pd.DataFrame(skipped, columns=["name", "reason"]))
         log.attach(run.folder / "log.txt")
@@ -5531,56 +5436,36 @@ def after_epoch(run: Run, state: TrainState) -> int:
     with contextlib.suppress(OSError):  # a full disk: the next epoch writes it
         write_progress(run.folder, state, f"{data.name} · {config.model} · still training",
                        least_seconds=5)
-    if run.tracker:
-        run.tracker.add(row)
+    if run.tensorboard:
+        run.tensorboard.add(row)
     return epochs
 
 
 def train_and_report(run: Run) -> None:
     """Train, evaluate, write everything; whatever ends it early, what there is stays."""
-    state, config, checkpointer = run.state, run.config, run.context.checkpointer
-    interrupt, held_out = checkpointer.interrupt, None
+    state, interrupt, held_out = run.state, run.context.checkpointer.interrupt, None
+    status = "failed"
     try:
         interrupt.deferring = True
-        if config.folds:
+        if run.config.folds:
             held_out = cross_validate(run)
         fit(state, run.context)
         interrupt.deferring = False
         finish(run, held_out or HeldOut(run.context.data.parts["val"], state.best_logits))
-        run.metrics["status"] = "finished"
-        if run.context.machine.group.is_leader:
-            for name in ("checkpoint-before.pt", ".torchrun"):
-                (run.folder / name).unlink(missing_ok=True)
+        status = "finished"
     except (Interrupted, Diverged) as problem:
         interrupt.deferring = False
-        run.metrics["status"] = "interrupted" if isinstance(problem, Interrupted) else "failed"
-        run.write_metrics()
-        report_what_there_is(run)
-        if isinstance(problem, Diverged):
-            raise Diverged(f"{problem}; try a smaller --lr than {config.lr:g}, or --precision fp32"
-                           ) from problem
-        raise
-    except BaseException as problem:
-        stopped = isinstance(problem, KeyboardInterrupt) or interrupt.raised
-        run.metrics["status"] = "interrupted" if stopped else "failed"
-        if isinstance(problem, OSError):
-            raise Failure(f"cannot write {problem.filename or run.folder}: {problem.strerror}; "
-                          f"{how_to_go_on(run)}") from problem
+        report_what_there_is(run, "given up" if isinstance(problem, Diverged) else "interrupted")
         raise
     finally:
         interrupt.deferring = False
+        if interrupt.requested or interrupt.raised:
+            status = "interrupted"
+        run.metrics["status"] = status
         run.write_metrics()
-        if run.metrics["status"] != "finished":
+        if status != "finished":
             run.log(f"\nStopped after {state.progress}, of {count(run.config.epochs, 'epoch')}. "
-                    f"{how_to_go_on(run)}")
-
-
-def how_to_go_on(run: Run) -> str:
-    """The command that resumes this run."""
-    command, several = this_command(), os.environ.get("LOCAL_WORLD_SIZE")
-    if run.context.machine.group.size > 1:
-        command = f"torchrun --nproc-per-node {several} {quoted(Path(__file__))}"
-    return f"Continue with:\n  {command} --resume {quoted(run.folder)}"
+                    f"Continue with:\n  {this_command()} --resume {quoted(run.folder)}")
 
 
 def cross_validate(run: Run) -> HeldOut:
@@ -5612,14 +5497,12 @@ def cross_validate(run: Run) -> HeldOut:
     return HeldOut(rows, done["logits"], histories)
 
 
-def report_what_there_is(run: Run) -> None:
+def report_what_there_is(run: Run, how: str) -> None:
     """The report of a training that has ended early: short, since who ends it may not wait."""
     state, config = run.state, run.config
     epoch, step = state.epoch, state.step
-    diverged = run.metrics["status"] == "failed"
-    if config.folds or not (state.best or (state.seen and not diverged)):
+    if config.folds or not (state.best or (state.seen and how == "interrupted")):
         return  # without validation nothing can be fitted, without a sound epoch nothing shown
-    how = "given up" if diverged else "interrupted"
     run.metrics["ended"] = (f"{how} in epoch {epoch + 1} of {config.epochs}, after "
                             f"{count(step, 'step')}" if step else
                             f"{how} after {epoch} of {count(config.epochs, 'epoch')}")
@@ -5645,8 +5528,6 @@ def finish(run: Run, held_out: HeldOut) -> None:
                     "seconds_report": round(time.perf_counter() - started, 2)}
     run.metrics["seconds_total"] = round(run.budget.spent, 2)
     write_report(run.folder, found, maps)
-    if run.tracker:
-        run.tracker.finish(run.folder, run.config, run.metrics)
 
 
 def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
@@ -5807,10 +5688,7 @@ def resume(run: Path, given: Meta, log: Log) -> None:
                              f"{', '.join(map(flag_name, RESUMABLE_SETTINGS))} may be given")
     metrics = run / "metrics.json"
     if saved and metrics.exists() and read_json(metrics).get("status") == "finished":
-        checkpoint = load_checkpoint(run / "checkpoint.pt", log)
-        if not checkpoint:
-            raise UsageError(f"{run} has finished, and its checkpoint.pt is gone: it cannot be "
-                             "trained further")
+        checkpoint = load_file(run / "checkpoint.pt", STATE_FORMAT)
         done, stale = checkpoint["epoch"], checkpoint["epoch"] - checkpoint["best"]["epoch"]
         if given.get("epochs", saved["epochs"]) <= done:
             raise UsageError(f"{run} has finished its {done} epochs; give more --epochs to train "
@@ -6175,7 +6053,7 @@ MAX_REQUEST_BYTES, MAX_CONNECTIONS = 16_000_000, 64
 SECONDS_TO_SEND = 20.0  # that the body of a request may take to arrive
 
 TEMPLATES["served"] = """{% extends "page" %}{% block body %}
-<style>
+<style nonce="{{ nonce }}">
   textarea { display: block; width: 100%; box-sizing: border-box; font: inherit; }
   #drop { display: block; padding: 1.4rem; border: 2px dashed var(--line); }
   #error::first-letter { text-transform: uppercase; }
@@ -6205,7 +6083,7 @@ TEMPLATES["served"] = """{% extends "page" %}{% block body %}
 <figure><img id="overlay" alt="the picture, lit where it spoke for this class" hidden>
 <p id="words" class="words"></p><figcaption id="method"></figcaption></figure>
 </section>
-<script>
+<script nonce="{{ nonce }}">
 "use strict";
 const $ = id => document.getElementById(id);
 const percent = share => (100 * share).toFixed(1) + "%";
@@ -6298,7 +6176,7 @@ def read_sample(ready: Predictor, content: str, body: bytes) -> Any:
         return ready.kind.receive(sent, ready.meta)
     except UnreadableSample as problem:
         said = re.sub(r" <.*?>", "", str(problem))  # Pillow tells where in memory something was
-        raise Refused(413 if isinstance(problem, SampleTooLarge) else 422, said) from None
+        raise Refused(422, said) from None
 
 
 def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -> Meta:
@@ -6347,9 +6225,13 @@ def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
 
     def show_page(request: Any) -> Any:
         run = runs.get(request.query_params.get("run")) or next(iter(runs.values()))
+        nonce = secrets.token_urlsafe()  # a browser runs and loads nothing but the page's own
         page = render("served", title=f"Try {run['name']}", run=run, names=list(runs),
-                      most=MAX_REQUEST_BYTES)
-        return HTMLResponse(page, headers=page_guard(page))
+                      most=MAX_REQUEST_BYTES, nonce=nonce)
+        rules = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+                 "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                 "frame-ancestors 'none'")
+        return HTMLResponse(page, headers={"Content-Security-Policy": rules})
 
     def show_metrics(request: Any) -> Any:
         lines = [f'dld_requests_total{{run={json.dumps(run)},status="{status}"}} {n}\n'
@@ -6384,19 +6266,6 @@ def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
                   exception_handlers={HTTPException: refuse})
     app.router.redirect_slashes = False
     return app
-
-
-def page_guard(page: str) -> dict[str, str]:
-    """A header that lets a browser run nothing but this page's own script, and load nothing."""
-    own = {}
-    for tag in ("script", "style"):
-        digests = [hashlib.sha256(text.encode()).digest()
-                   for text in re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)]
-        own[tag] = " ".join(f"'sha256-{base64.b64encode(each).decode()}'" for each in digests)
-    return {"Content-Security-Policy":
-            f"default-src 'none'; script-src {own['script']}; style-src {own['style']}; "
-            "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"}
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -6448,49 +6317,36 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
 SECONDS_TO_CLOSE = 5.0  # that the figures of a search may take
 
 
-@dataclass(frozen=True)
-class Span:
-    """Where a search may look for a number; relative: in multiples of the default."""
-
-    low: float
-    high: float
-    log: bool = False
-    relative: bool = False
-
-
-# What --search varies; a tuple holds choices. Left out is what changes the cost of a trial much:
-# a search would only find that larger networks and more epochs are better.
-SPACE: dict[str, Span | tuple[str, ...]] = {
-    "lr": Span(0.25, 4, log=True, relative=True), "label_smoothing": Span(0, 0.2),
-    "batch_size": Span(0.5, 2, log=True, relative=True),
-    "schedule": ("onecycle", "cosine", "linear")}
-DECAY = {"weight_decay": Span(1e-3, 0.3, log=True)}
-CLIP = {"clip": Span(0.25, 4, log=True)}
-SPACES: dict[str, dict[str, Span | tuple[str, ...]]] = {
-    "fast": {**SPACE, "label_smoothing": Span(0, 0.4)},
-    "classic": {**SPACE, **DECAY, "dropout": Span(0.1, 0.7)},
-    "mlp": {**SPACE, **DECAY, "dropout": Span(0, 0.5)},
-    "lstm": {**SPACE, **CLIP, "dropout": Span(0.05, 0.6),
+# What --search varies: from where to where, or which choices. Left out is what changes the cost of
+# a trial much: a search would only find that larger networks and more epochs are better.
+SPACE: dict[str, tuple[Any, ...]] = {
+    "lr": (0.25, 4), "batch_size": (0.5, 2),  # these two in multiples of the default
+    "label_smoothing": (0, 0.2), "schedule": ("onecycle", "cosine", "linear")}
+DECAY, CLIP = {"weight_decay": (1e-3, 0.3)}, {"clip": (0.25, 4)}
+SPACES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "fast": {**SPACE, "label_smoothing": (0, 0.4)},
+    "classic": {**SPACE, **DECAY, "dropout": (0.1, 0.7)},
+    "mlp": {**SPACE, **DECAY, "dropout": (0, 0.5)},
+    "lstm": {**SPACE, **CLIP, "dropout": (0.05, 0.6),
              "schedule": ("constant", "cosine", "linear")},
-    "transformer": {**SPACE, **CLIP, "dropout": Span(0.05, 0.5)},
+    "transformer": {**SPACE, **CLIP, "dropout": (0.05, 0.5)},
     "": {**SPACE, **DECAY},
 }
+LOGARITHMIC = ("lr", "batch_size", "weight_decay", "clip")  # as far from half as from double
 
 
-def search_space(config: Config, given: dict[str, Any]) -> dict[str, Span | tuple[str, ...]]:
+def search_space(config: Config, given: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """What a search may vary around these settings: all in the model's table that no flag fixes."""
     table = SPACES.get(config.model, SPACES[""])
     space = {name: span for name, span in table.items() if name not in given}
     if not space:
         raise UsageError("--search: nothing is left to vary; leave out one of "
                          f"{', '.join(map(flag_name, table))}")
-    for name, span in space.items():
-        if isinstance(span, Span):
-            default = getattr(config, name)
-            ends = [end * default if span.relative else end for end in (span.low, span.high)]
-            if type(default) is int:
-                ends = [max(2, round(end)) for end in ends]
-            space[name] = Span(ends[0], ends[1], span.log)
+    if "lr" in space:
+        space["lr"] = tuple(config.lr * end for end in space["lr"])
+    if "batch_size" in space:
+        space["batch_size"] = tuple(max(2, round(config.batch_size * end))
+                                    for end in space["batch_size"])
     return space
 
 
@@ -6499,7 +6355,7 @@ class Search:
     """Many trainings in search of settings; the test part is not there: nobody can look at it."""
 
     config: Config  # the default: what is tried first
-    space: dict[str, Span | tuple[str, ...]]
+    space: dict[str, tuple[Any, ...]]
     machine: Machine
     raw: RawData
     parts: dict[str, Tensor]
@@ -6511,12 +6367,12 @@ class Search:
     def suggest(self, trial: Any) -> Config:
         """The settings that this trial is to try."""
         for name, span in self.space.items():
-            if isinstance(span, tuple):
+            if isinstance(span[0], str):
                 trial.suggest_categorical(name, span)
-            elif type(getattr(self.config, name)) is int:
-                trial.suggest_int(name, int(span.low), int(span.high), log=span.log)
             else:
-                trial.suggest_float(name, span.low, span.high, log=span.log)
+                whole = type(getattr(self.config, name)) is int
+                suggest = trial.suggest_int if whole else trial.suggest_float
+                suggest(name, *span, log=name in LOGARITHMIC)
         return replace(self.config, **trial.params)
 
     def attempt(self, trial: Any) -> float:
@@ -6539,10 +6395,9 @@ class Search:
             trial.set_user_attr("seconds", round(time.perf_counter() - started, 2))
             if state.best:
                 right = state.best_logits.argmax(1) == data.labels[self.parts["val"]]
-                packed = base64.b64encode(np.packbits(right.numpy()).tobytes()).decode()
-                for key, value in (("val_accuracy", state.best["val_accuracy"]),
-                                   ("val_loss", state.best["val_loss"]), ("right", packed)):
-                    trial.set_user_attr(key, value)
+                trial.set_user_attr("val_accuracy", state.best["val_accuracy"])
+                trial.set_user_attr("val_loss", state.best["val_loss"])
+                trial.set_user_attr("right", "".join(map(str, right.int().tolist())))
         # Of equal accuracies the lower loss: less than half a sample's worth.
         return state.best["val_accuracy"] - min(10, state.best["val_loss"]) / (20 * len(right))
 
@@ -6628,10 +6483,9 @@ def say_search(best: Any, default: pd.DataFrame, many: int, space: list[str]) ->
         return [*said, "the default was not finished: there is nothing to compare with"]
     if best["default"]:
         return [*said, "this is the default itself: no other trial was better"]
-    right, usual = (np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), np.uint8)
-                                  ).astype(bool) for row in (best, default.iloc[0]))
+    right, usual = (np.array([*row["right"]]) == "1" for row in (best, default.iloc[0]))
     alone, accuracy = mcnemar(right, usual), default["val_accuracy"].iloc[0]
-    p = min(1.0, alone * max(1, many - 1))
+    p = min(1.0, alone * max(1, many - 1))  # one of many trials differs by chance
     verdict = ("more than chance explains" if p < 0.05 else
                "chance alone can make such a difference")
     return [*said, f"the default has {accuracy:.2%}, a difference of "
@@ -6663,34 +6517,28 @@ def check_search(wanted: int, given: Meta) -> None:
 def open_storage(url: str | None) -> Iterator[Any]:
     """The database of a search, and one clear line when it fails."""
     import optuna
+    import sqlalchemy
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     storage = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            if url is not None:
-                # Signs of life: what a killed process left behind is given up after 30 seconds.
-                options = {"connect_args": {"timeout": 20}} if url.startswith("sqlite") else {}
-                open_it = functools.partial(optuna.storages.RDBStorage, url, options,
-                                            heartbeat_interval=5, grace_period=30)
-                try:
-                    storage = open_it()
-                except Exception as problem:  # another process may have made the same tables
-                    if "exist" not in str(problem):
-                        raise
-                    time.sleep(1)
-                    storage = open_it()
-            yield storage
-        except Exception as problem:
-            if url is None or isinstance(problem, Failure) or (
-                    storage and not re.match("optuna|sqlalchemy", type(problem).__module__)):
-                raise
-            address = re.sub(r"://[^@/]*@", "://...@", url)  # without a password
-            advice = ("what was tried is kept, and the same command goes on with it" if storage
-                      else "give a database, as sqlite:///study.db")
-            cause = getattr(problem.__cause__ or problem, "orig", problem.__cause__ or problem)
-            raise (Failure if storage else UsageError)(
-                f"--storage {address}: {str(cause).splitlines()[0]}; {advice}") from None
+    try:
+        for attempt in (1, 2) if url is not None else ():
+            try:  # signs of life: what a killed process left behind is given up after 30 seconds
+                storage = optuna.storages.RDBStorage(
+                    str(url), heartbeat_interval=5, grace_period=30)
+                break
+            except sqlalchemy.exc.SQLAlchemyError:  # another process may have made the same tables
+                if attempt == 2:
+                    raise
+                time.sleep(1)
+        yield storage
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as problem:
+        address = re.sub(r"://[^@/]*@", "://...@", str(url))  # without a password
+        advice = ("what was tried is kept, and the same command goes on with it" if storage
+                  else "give a database, as sqlite:///study.db")
+        cause = getattr(problem.__cause__ or problem, "orig", problem.__cause__ or problem)
+        raise (Failure if storage else UsageError)(
+            f"--storage {address}: {str(cause).splitlines()[0]}; {advice}") from None
 
 
 def search(wanted: int, url: str | None, given: Meta, log: Log) -> Path:
@@ -6728,9 +6576,6 @@ def search(wanted: int, url: str | None, given: Meta, log: Log) -> Path:
             with contextlib.suppress(Failure):
                 work.conclude(study)
             raise
-        except OSError as problem:
-            raise Failure(f"cannot write {problem.filename or folder}: {problem.strerror}"
-                          ) from problem
         work.conclude(study)
     return folder
 
@@ -6799,8 +6644,7 @@ class Figures(dict[str, Any]):
                           for name, png in self.png.items()})
 
     def __missing__(self, name: str) -> typing.NoReturn:
-        raise UsageError(f"no figure {name!r}{nearest(name, list(self))}; there are "
-                         f"{', '.join(self)}")
+        raise UsageError(f"no figure {name!r}; there are {', '.join(self)}")
 
     def _repr_html_(self) -> str:
         return render("notebook", figures=self.png)
@@ -7071,14 +6915,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as problem:
         if "--debug" in arguments:
             raise
-        text = str(problem)
-        if not isinstance(problem, Failure):
+        text, where = str(problem), "" if rank == "0" else f" in process {rank}"
+        lost = "RANK" in os.environ and re.search("gloo|nccl|connection|peer", text, re.IGNORECASE)
+        if isinstance(problem, RuntimeError) and lost:
+            text = "another of the processes has ended; what was saved is kept"
+        elif isinstance(problem, OSError) and problem.filename:
+            text = f"{problem.filename}: {problem.strerror}"
+        elif not isinstance(problem, Failure):
             first, *_ = text.splitlines() or [""]
             text = f"{type(problem).__name__}: {first} (add --debug for the traceback)"
-        if rank == "0":
-            print(f"error: {text}", file=sys.stderr)
-        elif not isinstance(problem, UsageError | ProcessLost):  # those the leader says for all
-            print(f"error in process {rank}: {text}", file=sys.stderr)
+        if rank == "0" or not isinstance(problem, UsageError):  # which the leader says for all
+            print(f"error{where}: {text}", file=sys.stderr)
         return problem.code if isinstance(problem, Failure) else 1
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests may run two at a time
 
 import deep_learning_deliverable as dld  # noqa: E402
 
-dld.ImageData.shown = dld.TextData.shown = (6, 3, 2)  # figures with fewer samples are drawn sooner
+# Figures with fewer samples and pixels are drawn sooner.
+dld.ImageData.shown = dld.TextData.shown = (6, 3, 2)
+dld.FIGURE_DPI = 50
 for name, task in dld.TASKS.items():  # built-in data is made once
     if task.offline:
         dld.TASKS[name] = dataclasses.replace(task, offline=functools.cache(task.offline))
@@ -60,20 +65,42 @@ def digits():
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def undrawn(monkeypatch, finished):
     """For tests of something else: figures are built, but an empty picture is saved of each."""
+    assert all(run.is_dir() for run in finished.values()), "those are drawn"
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **more: (
         Image.new("L", (8, 8)).save(file, "png")))
 
 
+class Finished(Mapping):
+    """Short real trainings, one a task: name -> run folder; made when first asked for, and once
+    for all processes of a test command."""
+
+    GIVEN: typing.ClassVar = {"cifar10": {"limit": 300, "width": 16, "batch_size": 50},
+                              "mnist": {"limit": 900, "width": 128},
+                              "sentiment": {"limit": 200, "max_tokens": 60}}
+
+    def __init__(self, place):
+        self.place = place
+
+    def __getitem__(self, task):
+        given = {"task": task, "data": "offline", "device": "cpu", "epochs": 2,
+                 "output_dir": str(self.place), **self.GIVEN[task]}
+        with FileLock(self.place / f"{task}.lock"):
+            for run in self.place.glob(f"{task}-*"):
+                return run
+            return dld.train_run(given, dld.Log())
+
+    def __iter__(self):
+        return iter(self.GIVEN)
+
+    def __len__(self):
+        return len(self.GIVEN)
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Short real trainings, one a task: name -> run folder."""
-    place = tmp_path_factory.mktemp("finished")
-    runs = {}
-    for task, settings in (("cifar10", {"limit": 300, "width": 16, "batch_size": 50}),
-                           ("mnist", {"limit": 900, "width": 128}), ("sentiment", {"limit": 200})):
-        given = {"task": task, "data": "offline", "device": "cpu", "epochs": 2,
-                 "output_dir": str(place), **settings}
-        runs[task] = dld.train_run(given, dld.Log())
-    return runs
+    place = tmp_path_factory.getbasetemp()
+    place = place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+    (place / "finished").mkdir(exist_ok=True)
+    return Finished(place / "finished")

@@ -405,7 +405,7 @@ RUNS = [
      "not a run folder of this version"),
     ("mnist", "no patience", out_of_patience, f"{MORE} --patience 1",
      "ended for want of patience; give --patience 0"),
-    ("mnist", "no checkpoint", lose("checkpoint.pt"), MORE, "its checkpoint.pt is gone"),
+    ("mnist", "no checkpoint", lose("checkpoint.pt"), MORE, "checkpoint.pt is not there"),
     ("mnist", "a checkpoint cut short", write("checkpoint.pt", "PK" * 999), MORE,
      "checkpoint.pt is damaged"),
     ("mnist", "one bit of a checkpoint differs", write("checkpoint.pt", flip), MORE, "is damaged"),
@@ -492,7 +492,7 @@ def test_bad_input_is_one_clear_line(arrange, flags, code, message, request, tmp
 def test_a_full_disk_is_said_before_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5_000_000}))
     assert dld.main([*MNIST.split(), "--output-dir", str(tmp_path / "out")]) == 1
-    assert re.search(r"has 5 MB left, this run needs about \d+ MB; make room",
+    assert re.search(r"has 5 MB left, a run needs \d+ MB; make room",
                      capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 

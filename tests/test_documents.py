@@ -5,7 +5,7 @@ from conftest import ROOT, dld, metrics_of
 
 # Files and keys of runs that are not among the finished ones.
 ELSEWHERE = {"folds.png", "folds.pt", "folds", "folds_accuracy", "folds_spread", "ended",
-             "skipped.csv", "checkpoint-before.pt", "mistakes.png", "suspects.png",
+             "skipped.csv", "mistakes.png", "suspects.png",
              "near_repeats.png"}
 
 
@@ -33,7 +33,7 @@ def test_the_readme_names_only_flags_that_there_are():
     parser = dld.build_parser()
     flags = {option for action in parser._actions for option in action.option_strings}
     text = (ROOT / "README.md").read_text("utf-8")
-    others = {"--standalone", "--nproc-per-node", "--max-restarts", "--dist", "--data-binary",
+    others = {"--standalone", "--nproc-per-node", "--dist", "--data-binary",
               "--logdir", "--budgets"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | others
 

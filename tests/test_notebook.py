@@ -152,7 +152,7 @@ def test_a_problem_is_one_line(cells):
     for name, line in (
             ("wrong keyword", "error: train has no epoch= (did you mean epochs?)"),
             ("no picture", "error: predict cat.png: no such file; this run's model reads pictures"),
-            ("no figure", "error: no figure 'training_curve' (did you mean training_curves?); ")):
+            ("no figure", "error: no figure 'training_curve'; there are confusion_matrix, ")):
         problem, = cells[name]
         assert problem.traceback[0].startswith(line)
     *_, problem = cells["interrupted"]

@@ -1,4 +1,4 @@
-"""Several processes under torchrun train as one would; a dead one ends all, a restart goes on."""
+"""Several processes under torchrun train as one would; a dead one ends all."""
 import os
 import signal
 import subprocess
@@ -33,45 +33,31 @@ def test_several_processes_give_what_one_gives(tmp_path):
     assert "Warning" not in done.stderr
 
 
-def kill_one(job):
-    """The last process that this torchrun has started."""
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-
-
-def wait_until(true, job):
-    until = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < until and job.poll() is None
-        time.sleep(0.05)
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_a_dead_process_ends_all_and_a_restart_goes_on(tmp_path):
+def test_a_dead_process_ends_all_and_one_goes_on_alone(tmp_path):
     run = tmp_path / "mnist-offline-digits"
-    log = run / "log.txt"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--max-restarts=1", SCRIPT, "--task=mnist", "--data=offline", "--epochs=12",
-               "--width=64", "--report=minimal", "--limit=900", "--checkpoint-every=0.1s",
+               SCRIPT, "--task=mnist", "--data=offline", "--epochs=20", "--width=64",
+               "--device=cpu", "--report=minimal", "--limit=900", "--checkpoint-every=0.1s",
                f"--output-dir={tmp_path}"]
     job = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT)
     try:
-        wait_until((run / "checkpoint.pt").exists, job)
-        kill_one(job)
-        wait_until(lambda: "Resume  after" in log.read_text("utf-8"), job)
-        kill_one(job)  # there is no second restart
-        said, _ = job.communicate(timeout=60)
+        until = time.monotonic() + 120
+        while not (run / "checkpoint.pt").exists():
+            assert time.monotonic() < until and job.poll() is None
+            time.sleep(0.05)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        said, _ = job.communicate(timeout=120)
         assert job.returncode != 0, said
     finally:
         job.kill()
-    assert log.read_text("utf-8").count("Resume  after") == 1
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [run.name]
     assert metrics_of(run)["status"] in ("running", "failed")
     assert dld.main(["--resume", str(run)]) == 0, "one process goes on where two were"
     metrics = metrics_of(run)
-    assert (metrics["status"], metrics["processes"], metrics["epochs"]) == ("finished", 1, 12)
-    assert len((run / "history.csv").read_text("utf-8").splitlines()) == 13
+    assert (metrics["status"], metrics["processes"], metrics["epochs"]) == ("finished", 1, 20)
+    assert len((run / "history.csv").read_text("utf-8").splitlines()) == 21
 
 
 def test_what_several_processes_cannot_do_is_said_once(digits, monkeypatch, capsys):

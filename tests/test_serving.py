@@ -225,7 +225,7 @@ HOSTILE = [  # name, a run or a path, headers, body, status, words of the error
     ("an endless number", "sentiment", JSON, b'{"text": ' + b"9" * 9999 + b"}", 400, "takes"),
     ("a list", "sentiment", JSON, b'["good"]', 422, "takes a text"),
     ("nothing", "sentiment", JSON, b"null", 422, "takes a text"),
-    ("a long text", "sentiment", JSON, b'{"text": "' + b"x" * 100_001 + b'"}', 413, "100,001"),
+    ("a long text", "sentiment", JSON, b'{"text": "' + b"x" * 100_001 + b'"}', 422, "100,001"),
     ("bad base64", "cifar10", JSON, b'{"image": "@@@@"}', 422, "not base64"),
     ("empty base64", "cifar10", JSON, b'{"image": ""}', 422, "not a picture"),
     ("a number for base64", "cifar10", JSON, b'{"image": 7}', 422, "takes a picture"),
