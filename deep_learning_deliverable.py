@@ -20,23 +20,26 @@ tables, metrics.json, model.pt. Data travels one way:
 
     Config -> Dataset -> TrainState -> Evaluation -> report context -> files
 
+The CNN is FastNet in 3; the rate of a step is learning_rate in 4; why a resumed run is exact says
+TrainState in 4; a new task is an entry of TASKS in 8; write_figures in 12 has every figure drawn.
+
 Contents, with the line where each section begins:
 
-     1  Head ........................... 56
-     2  Config ........................ 184
-     3  Models ........................ 399
-     4  Training ...................... 763
-     5  Evaluation ................... 1199
-     6  Explanations ................. 1652
-     7  Data ......................... 1887
-     8  Tasks ........................ 3450
-     9  Machine ...................... 3694
-    10  Figures ...................... 4218
-    11  Report ....................... 4515
-    12  Runs ......................... 5020
-    13  Using a model ................ 5694
-    14  Search and notebook .......... 6283
-    15  Command line ................. 6749
+     1  Head ........................... 59
+     2  Config ........................ 187
+     3  Models ........................ 405
+     4  Training ...................... 771
+     5  Evaluation ................... 1214
+     6  Explanations ................. 1667
+     7  Data ......................... 1902
+     8  Tasks ........................ 3472
+     9  Machine ...................... 3717
+    10  Figures ...................... 4244
+    11  Report ....................... 4541
+    12  Runs ......................... 5048
+    13  Using a model ................ 5736
+    14  Search and notebook .......... 6325
+    15  Command line ................. 6792
 """
 
 # /// script
@@ -144,7 +147,7 @@ else:
     pd, stats, skmetrics = Lazy("pandas"), Lazy("scipy.stats"), Lazy("sklearn.metrics")
 
 VERSION = "0.2"
-MODEL_FORMAT, STATE_FORMAT = 6, 7  # of model.pt and checkpoint.pt; others are refused
+MODEL_FORMAT, STATE_FORMAT = 7, 7  # of model.pt and checkpoint.pt; others are refused
 IMPORT_SECONDS = time.perf_counter() - STARTED  # they belong to the time that a run takes
 
 # -- errors --------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ class UnreadableSample(Failure):
 
 # ================================================================================================
 # 2  Config
-#    Every setting, typed once; the flags and their checks follow. Knows no data and no devices.
+#    Every setting, typed once; the flags and their checks follow. Knows no devices.
 # ================================================================================================
 
 
@@ -204,7 +207,7 @@ def parse_seconds(text: str, flag: str = "--budget") -> float:
     return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600}[found[2]]
 
 
-# Frozen: what a run was started with is what its config.json will say.
+# Frozen: settings change by making new ones, where everybody can see it.
 @dataclass(frozen=True)
 class Config:
     """The settings of one run; the defaults below hold where no recipe or task says otherwise."""
@@ -241,7 +244,8 @@ class Config:
     epochs: int = setting(15, "passes over the training data", low=1, high=1_000_000)
     batch_size: int = setting(128, "samples a step", low=1, high=1_000_000_000)
     lr: float = setting(2e-3, "highest learning rate", low=1e-9)
-    schedule: str = setting("cosine", "how the learning rate moves, after a warm-up (not linear)",
+    schedule: str = setting("cosine", "how the learning rate moves after a warm-up; linear has no "
+                                      "warm-up",
                             choices=("cosine", "onecycle", "linear", "plateau", "constant"))
     weight_decay: float = setting(0.01, "AdamW's, on weights only: not on biases and norms", low=0)
     class_weights: str = setting("none", "balanced: each class counts alike, however rare",
@@ -300,7 +304,8 @@ class Config:
 def check_setting(flag: str, value: Any, kind: type, rules: Any) -> None:
     """Refuse a value that cannot be meant, naming the flag."""
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise UsageError(f"{flag} takes a finite {kind.__name__}, got {value!r}")
+        finite = "finite " * (kind is float)
+        raise UsageError(f"{flag} takes a {finite}{kind.__name__}, got {value!r}")
     if "choices" in rules and value not in rules["choices"]:
         known = rules["choices"]
         raise UsageError(f"{flag} {value}: choose from {', '.join(known)}"
@@ -327,8 +332,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 RECIPES: dict[str, dict[str, Any]] = {  # settings that suit a model; "" is any other
     # No warm-up: it cost 0.8 points after two epochs, in one run.
-    # Batches of 1,000 lost half a point, of 250 gained nothing; 0.1 for the smoothing 0.2 lost 0.2
-    # points (validation, one run each).
+    # Batches of 1,000 instead of 500 cost half a point, batches of 250 gained nothing, smoothing
+    # by 0.1 instead of 0.2 cost 0.2 points (validation, one run each).
     "fast": {"epochs": 12, "batch_size": 500, "optimizer": "muon", "lr": 0.1, "schedule": "linear",
              "clip": 0.0, "label_smoothing": 0.2, "views": True},
     # One cycle gained 2 points over a cosine (validation, six epochs, one run).
@@ -357,7 +362,7 @@ def adapt_to_size(kind: str, recipe: dict[str, Any], samples: int, side: int) ->
                 "epochs": max(epochs, min(15, 12_000 // samples)), "schedule": "cosine"}
     # 1,440 pictures, validation, one run each: 60 epochs 74.0 %, 30 epochs 72.0 %, batches of 32
     # 71.7 %. Larger pictures take smaller batches, for the memory's sake.
-    batch = recipe.get("batch_size", Config.batch_size) * 32**2 // max(32, side) ** 2
+    batch = max(16, recipe.get("batch_size", Config.batch_size) * 32**2 // max(32, side) ** 2)
     adapted = {"batch_size": min(batch, max(16, samples // 20)),
                "epochs": min(5 * epochs, max(epochs, 90_000 // samples))}
     return adapted | ({"width": 32} if recipe is RECIPES["fast"] else {})
@@ -368,7 +373,8 @@ def resolve_config(given: dict[str, Any], saved: dict[str, Any] | None = None, *
     """Settle every setting, in this one place. Each of these overrides those before it:
 
     the model's recipe, the task's defaults, what suits a stand-in or the size of the user's data
-    (training samples, side of pictures), what --init fixes, a saved run, flags.
+    (training samples, side of pictures), what --init fixes, a saved run, --dry-run, flags. Weights
+    from elsewhere lower the default rate.
     """
     saved = saved or {}
     name = str({**saved, **given}.get("task", Config.task))
@@ -379,14 +385,14 @@ def resolve_config(given: dict[str, Any], saved: dict[str, Any] | None = None, *
     known = {**task.defaults, **saved, **given}
     if known.get("init") and known.get("pretrained"):
         raise UsageError("--init and --pretrained cannot be combined: weights come from one place")
-    fixed = settings_of_ancestor(str(known["init"]), task, given) if known.get("init") else {}
+    fixed = settings_of_init(str(known["init"]), task, given) if known.get("init") else {}
     model = str({**known, **fixed}["model"])
     recipe = RECIPES.get(model, RECIPES[""])
     small = task.offline_defaults if stand_in and model == task.defaults["model"] else {}
     adapted = adapt_to_size(task.kind, recipe, *size) if size and task.read_own else {}
     # Where two of them name a setting, the later one wins.
     defaults = {**recipe, **task.defaults, **small, **adapted, **fixed}
-    if fixed or known.get("pretrained"):  # the first steps must not shake it off
+    if fixed or known.get("pretrained"):  # large first steps would undo what the weights know
         defaults["lr"] = defaults.get("lr", Config.lr) * (0.3 if fixed else 0.1)
     dry = {"epochs": 1, "limit": 64} if given.get("dry_run") else {}
     config = Config(**{**defaults, **saved, **dry, **given})
@@ -401,7 +407,7 @@ def resolve_config(given: dict[str, Any], saved: dict[str, Any] | None = None, *
 # ================================================================================================
 
 PAD, UNKNOWN = 0, 1  # the two token numbers that are no word
-WORD_SIZE, PAIR_SIZE = 100, 16  # numbers that stand for a word, and for it with the one before
+WORD_DIM, PAIR_DIM = 100, 16  # length of a word's vector, and of a pair of words'
 Meta = dict[str, Any]
 Samples = Any  # ImageData or TextData: they have the same methods
 
@@ -424,10 +430,11 @@ class WhitenedPatches(nn.Conv2d):
 
 
 class FastNet(nn.Module):
-    """Six convolutions behind whitened patches, after Keller Jordan's airbench (arXiv 2404.00498).
+    """The CNN of --task cifar10: six convolutions behind whitened patches.
 
-    What a trick buys is said beside it: on validation, width 16, two epochs, mean of three seeds,
-    whose spread is 0.5 to 1.3 points: no difference is certain (tests/benchmarks/ablation.py).
+    After Keller Jordan's airbench (arXiv 2404.00498). What a trick buys is said beside it: on
+    validation, width 16, two epochs, mean of three seeds, whose spread is 0.5 to 1.3 points: no
+    difference is certain (tests/benchmarks/ablation.py).
     """
 
     def __init__(self, meta: Meta) -> None:
@@ -440,7 +447,7 @@ class FastNet(nn.Module):
                 convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
                 # At first, what comes in also goes out: worth 0.2 points.
                 nn.init.dirac_(convolution.weight[:channels])
-                norm = nn.BatchNorm2d(width, momentum=0.4)  # 0.1 was no worse, in one run
+                norm = nn.BatchNorm2d(width, momentum=0.4)
                 # As airbench has it: only the shift is learnt.
                 norm.weight.requires_grad_(False)
                 # SiLU is as fast as ReLU here, and faster than GELU.
@@ -480,7 +487,7 @@ def mlp(meta: Meta) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(units, len(meta["classes"])))
 
 
-class Enlarge(nn.Module):
+class Resize(nn.Module):
     """Scale pictures up for a network that cannot work on small ones."""
 
     def __init__(self, side: int, body: nn.Module) -> None:
@@ -501,24 +508,25 @@ def torchvision_names() -> list[str]:
 def torchvision_model(meta: Meta) -> nn.Module:
     """Any torchvision classifier, its stem adapted to small pictures, enlarging where it must."""
     from torchvision.models import get_model
-    old = meta["model"] in ("googlenet", "inception_v3")
-    options = {"aux_logits": False, "init_weights": True} if old else {}
+    has_aux_head = meta["model"] in ("googlenet", "inception_v3")
+    options = {"aux_logits": False, "init_weights": True} if has_aux_head else {}
     body = get_model(meta["model"], weights=None, num_classes=len(meta["classes"]), **options)
     stem: Any
     name, stem = next((name, layer) for name, layer in body.named_modules()
                       if isinstance(layer, nn.Conv2d))
-    # Made for 224 pixels, a stem halves the side twice: of 32 pixels too little would be left.
-    cuts_patches = stem.stride == stem.kernel_size  # as transformers do: those stay as they are
-    if meta["channels"] != stem.in_channels or not cuts_patches:
+    # Made for 224 pixels, a stem halves the side twice: of 32 pixels too little would be left. The
+    # stems of transformers cut patches; those stay as they are.
+    adapt = meta["side"] <= 96 and stem.stride != stem.kernel_size
+    if meta["channels"] != stem.in_channels or adapt:
         body.set_submodule(name, nn.Conv2d(
             meta["channels"], stem.out_channels, stem.kernel_size,
-            stem.stride if cuts_patches else 1, stem.padding, bias=stem.bias is not None))
-    for pool in ("maxpool", "features.pool0"):  # the stem's second halving: ResNets, DenseNets
+            1 if adapt else stem.stride, stem.padding, bias=stem.bias is not None))
+    for pool in ("maxpool", "features.pool0") * adapt:  # the second halving: ResNets, DenseNets
         with contextlib.suppress(AttributeError):
             if isinstance(body.get_submodule(pool), nn.MaxPool2d):
                 body.set_submodule(pool, nn.Identity())
     for side in (meta["side"], 64, 96, 112, 128, 224, 299):
-        model = body if side == meta["side"] else Enlarge(side, body)
+        model = body if side == meta["side"] else Resize(side, body)
         with contextlib.suppress(RuntimeError, AssertionError, ValueError), torch.no_grad():
             model.eval()(torch.zeros(2, meta["channels"], meta["side"], meta["side"]))
             return model
@@ -543,18 +551,18 @@ class TextNet(nn.Module):
 
     def __init__(self, meta: Meta, reader: nn.Module, size: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(len(meta["vocabulary"]) + 2, WORD_SIZE, padding_idx=PAD)
+        self.embedding = nn.Embedding(len(meta["vocabulary"]) + 2, WORD_DIM, padding_idx=PAD)
         # With them the validation loss fell from 0.227 to 0.206; vectors of triples gained nothing.
-        self.pairs = nn.Embedding(meta["pairs"], PAIR_SIZE)
+        self.pairs = nn.Embedding(meta["pairs"], PAIR_DIM)
         nn.init.normal_(self.pairs.weight, std=0.1)
         self.drop = FeatureDropout(meta["dropout"])
         self.reader = reader
-        # Maximum pooling beside it was a little better, but then attention is not all that was
-        # used.
+        # Maximum pooling beside it was a little better, but then attention would not explain the
+        # prediction.
         self.score = nn.Sequential(nn.Linear(size, 128), nn.Tanh(), nn.Linear(128, 1, bias=False))
         self.head = nn.Linear(size, len(meta["classes"]))
 
-    def embed(self, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, WORD_SIZE + PAIR_SIZE]
+    def embed(self, ids: Tensor) -> Tensor:  # [B, T] -> [B, T, WORD_DIM + PAIR_DIM]
         """The vector of each word, and that of the pair that it makes with the word before."""
         before = F.pad(ids, (1, 0))[:, :-1].long()
         # Large odd factors spread the pairs over the table; two that meet there share a vector.
@@ -598,7 +606,7 @@ class BiLSTM(nn.Module):
     # 128 units were no better than 64, and 2.4 times slower.
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        sizes = (WORD_SIZE + PAIR_SIZE, 2 * width)
+        sizes = (WORD_DIM + PAIR_DIM, 2 * width)
         self.ahead = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in sizes)
         self.back = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in sizes)
         self.drop = FeatureDropout(dropout)
@@ -626,7 +634,7 @@ class TransformerReader(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.enter = nn.Linear(WORD_SIZE + PAIR_SIZE, width)
+        self.enter = nn.Linear(WORD_DIM + PAIR_DIM, width)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout, batch_first=True,
                                            norm_first=True)
         self.layers = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width),
@@ -761,16 +769,16 @@ def sync_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
 
 # ================================================================================================
 # 4  Training
-#    One loop for every task. Knows no task, no figure, and no file but its own checkpoint.
+#    One loop for every task. Knows no task, no figure, and no file but weights and checkpoints.
 # ================================================================================================
 
 
 class Interrupted(KeyboardInterrupt):
-    """Somebody asked the training to end, and it has been saved."""
+    """Somebody asked the training to end; what there is has been saved."""
 
 
 class Diverged(Failure):
-    """The loss is no number any more."""
+    """The loss became infinite or NaN."""
 
     def __init__(self, epoch: int, lr: float) -> None:
         super().__init__(f"the loss became no number in epoch {epoch}; try a smaller --lr than "
@@ -779,7 +787,13 @@ class Diverged(Failure):
 
 @dataclass
 class TrainState:
-    """Everything that training owns; on a CPU, saving and loading it goes on to the same bits."""
+    """Everything that training owns.
+
+    Why a resumed run is exact: all that the next step depends on is in here, the states of the
+    random generators and the sums of a half epoch included; `epoch_start` plans the same batches
+    again, `step` says how many of them are over, and the rate follows from what was seen. So on a
+    CPU, a run that was saved and loaded ends with the same bits.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -834,8 +848,8 @@ class TrainState:
     @property
     def progress(self) -> str:
         """How far it has come, for people."""
-        steps = f" and {count(self.step, 'step')}" if self.step else ""
-        return count(self.epoch, "epoch") + steps
+        steps = f" and {plural(self.step, 'step')}" if self.step else ""
+        return plural(self.epoch, "epoch") + steps
 
     @property
     def epochs_since_best(self) -> int:
@@ -845,7 +859,7 @@ class TrainState:
 
 @dataclass
 class Context:
-    """What a training works with: the loop reads it, and changes the TrainState alone."""
+    """What a training works with; the loop changes nothing of it but the number of epochs."""
 
     config: Config
     data: Dataset
@@ -875,7 +889,7 @@ def fit(state: TrainState, context: Context) -> None:
             fewer = group.broadcast(context.on_epoch(state) if group.is_leader else None)
             context.config = replace(context.config, epochs=fewer or epochs)
             bar.total = data.samples_until(context.config.epochs, context.config.epochs)
-            context.checkpointer.after_epoch(state, group)
+            context.checkpointer.save_if_due(state, group)
     context.checkpointer.save(state, group)
 
 
@@ -914,8 +928,8 @@ def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context:
         state.seconds_data += time.perf_counter() - started
         rate = learning_rate(config, (before + state.seen) / total, state.plateau)
         # DistributedDataParallel averages over processes, whose shards may differ by a sample.
-        share = len(x) * machine.group.size / len(where)
-        state.sums += train_step(state, forward, x, y, rate, share, config, machine)
+        weight = len(x) * machine.group.size / len(where)
+        state.sums += train_step(state, forward, x, y, rate, weight, config, machine)
         state.step += 1
         state.seen += len(where)
         state.seconds += time.perf_counter() - mark
@@ -929,17 +943,17 @@ def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context:
 
 
 def train_step(state: TrainState, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
-               rate: float, share: float, config: Config, machine: Machine) -> Tensor:
+               rate: float, weight: float, config: Config, machine: Machine) -> Tensor:
     """One step of the optimizer. Returns the summed loss and how many were right [2]."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
+    for parameters in state.optimizer.param_groups:
+        parameters["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     try:
         with machine.autocast():
             logits = forward(x)
         # The loss is computed outside autocast: its small differences need float32's digits.
         loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
-        state.scaler.scale(loss * share).backward()
+        state.scaler.scale(loss * weight).backward()
     except RuntimeError as problem:
         if not is_out_of_memory(problem):
             raise
@@ -998,7 +1012,8 @@ def predict_logits(model: nn.Module, samples: Samples, rows: Tensor,
                    machine: Machine) -> Tensor:
     """Logits [len(rows), classes] in the order of `rows`, in float32 on the CPU.
 
-    The only evaluation there is. Each process computes a part, and gets the rest from the others.
+    Every prediction of this program goes through here. Each process computes a part, and gets the
+    rest from the others.
     """
     model.eval()
     group = machine.group
@@ -1024,9 +1039,9 @@ def predict_logits(model: nn.Module, samples: Samples, rows: Tensor,
     if samples.tta_margin:
         first, second = logits.topk(2).values.T
         unsure = (first - second < samples.tta_margin).nonzero().flatten()
-        averaged = [(where, torch.stack([logits[where], *map(run, samples.views(
-            samples.batch(rows[where])))]).mean(0)) for where in unsure.split(128)[mine]]
         if len(unsure):
+            averaged = [(where, torch.stack([logits[where], *map(run, samples.views(
+                samples.batch(rows[where])))]).mean(0)) for where in unsure.split(128)[mine]]
             logits[unsure] = collect(averaged)[unsure]
     return logits
 
@@ -1044,9 +1059,9 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, weights: list[nn.Parameter], biases: list[nn.Parameter], lr: float) -> None:
         groups = [{"params": weights[:-1], "orthogonal": True, "scale": 1.0},
                   {"params": weights[-1:], "orthogonal": False, "scale": 20.0},
-                  # 100, not 0.5: 85.3 % after three epochs, from 83.4 (validation, one run).
+                  # 100 instead of 0.5: 85.3 instead of 83.4 % (validation, three epochs, one run).
                   {"params": biases, "orthogonal": False, "scale": 100.0}]
-        # 0.6 for 0.85 lost a point (validation, one run).
+        # A momentum of 0.6 instead of 0.85 cost a point (validation, one run).
         super().__init__(groups, {"lr": lr, "momentum": 0.85})
 
     @torch.no_grad()
@@ -1058,8 +1073,8 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 momentum = self.state[p]["momentum"].mul_(group["momentum"]).add_(p.grad)
                 step = p.grad.add(momentum, alpha=group["momentum"])
-                # The length is restored each step: behind a norm it would only lower the rate over
-                # time.
+                # The length is restored each step: a longer weight behind a norm changes nothing
+                # but that its next steps turn it less.
                 if group["orthogonal"]:
                     step = orthogonalize(step.flatten(1)).view_as(p)
                     p.mul_(len(p) ** 0.5 / p.norm())
@@ -1100,12 +1115,12 @@ def new_train_state(model: nn.Module, config: Config, machine: Machine) -> Train
 
 def learning_rate(config: Config, done: float, plateau: float) -> float:
     """The rate after this share of all steps: a linear warm-up, then what the schedule says."""
-    # Adam divides by a variance of gradients that its first steps hardly know: those are short.
+    # Adam divides by a variance of gradients that it hardly knows at first: short steps then.
     warm_up = {"onecycle": 0.25, "linear": 0.0}.get(config.schedule, 0.05)
     if done < warm_up:
         return config.lr * max(done, 1e-3) / warm_up
-    rest = (1 - done) / (1 - warm_up)  # 1 after the warm-up, 0 at the end
-    factor = {"cosine": (1 - math.cos(math.pi * rest)) / 2, "onecycle": rest, "linear": rest,
+    left = (1 - done) / (1 - warm_up)  # 1 after the warm-up, 0 at the end
+    factor = {"cosine": (1 - math.cos(math.pi * left)) / 2, "onecycle": left, "linear": left,
               "constant": 1.0, "plateau": plateau}
     return config.lr * factor[config.schedule]
 
@@ -1162,31 +1177,31 @@ class Checkpointer:
         try:
             if group.is_leader:
                 save_file(self.path, values)
-            self.failed = False
+            self.failed, self.saved = False, (state.epoch, state.step)
         except OSError as problem:
             if not self.failed:
                 self.say(f"WARNING  cannot save {self.path}: {problem.strerror}; going on, and "
                          "trying again later")
             self.failed = True
-        self.saved, self.saved_at = (state.epoch, state.step), time.perf_counter()
+        self.saved_at = time.perf_counter()
         # With the defaults and the real data 0.2 to 1.5 % of the training time goes into saving.
         self.cost = self.saved_at - started
 
     def after_step(self, state: TrainState, group: DistributedContext, lr: float) -> None:
         """Save if it is time to; end if asked to. A broken state is neither saved nor used."""
-        late = self.path is not None and time.perf_counter() - self.saved_at > self.every
-        stop, late = group.any(self.interrupt.requested, late)
+        due = self.path is not None and time.perf_counter() - self.saved_at > self.every
+        stop, due = group.any(self.interrupt.requested, due)
         # Elsewhere than on a CPU, looking at the loss means waiting for the device.
-        if stop or late or state.noise.device.type == "cpu":
+        if stop or due or state.noise.device.type == "cpu":
             broken, = group.any(not state.sums[0].isfinite())
             if broken:
                 raise Diverged(state.epoch + 1, lr)
-        if stop or late:
+        if stop or due:
             self.save(state, group)
         if stop:
             raise Interrupted
 
-    def after_epoch(self, state: TrainState, group: DistributedContext) -> None:
+    def save_if_due(self, state: TrainState, group: DistributedContext) -> None:
         """Save, unless that would cost more than a hundredth of the time."""
         # The first epoch is always kept; later a fast epoch need not wait for a slow disk.
         waited = time.perf_counter() - self.saved_at
@@ -1232,9 +1247,9 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     return math.exp(found.x)
 
 
-def calibration_bins(shares: Tensor, y: Tensor, bins: int = 15) -> pd.DataFrame:
+def calibration_bins(probs: Tensor, y: Tensor, bins: int = 15) -> pd.DataFrame:
     """Predictions in bins of equal width by confidence: how many, how sure, how often right."""
-    confidence, predicted = shares.max(1)
+    confidence, predicted = probs.max(1)
     table = pd.DataFrame({"bin": (confidence * bins).long().clamp(max=bins - 1).numpy(),
                           "confidence": confidence.numpy(), "right": (predicted == y).numpy()})
     found = table.groupby("bin").agg(samples=("right", "size"), correct=("right", "sum"),
@@ -1242,13 +1257,13 @@ def calibration_bins(shares: Tensor, y: Tensor, bins: int = 15) -> pd.DataFrame:
     return found.assign(low=found.index / bins, high=(found.index + 1) / bins)
 
 
-def measure_probabilities(shares: Tensor, y: Tensor) -> dict[str, float]:
+def measure_probabilities(probs: Tensor, y: Tensor) -> dict[str, float]:
     """Log-loss, Brier score and expected calibration error."""
-    bins = calibration_bins(shares, y)
+    bins = calibration_bins(probs, y)
     gaps = bins["samples"] * (bins["confidence"] - bins["accuracy"]).abs()
-    truth = F.one_hot(y, shares.shape[1])
-    return {"test_loss": float(-shares.gather(1, y[:, None]).clamp(min=1e-300).log().mean()),
-            "test_brier": float((shares - truth).square().sum(1).mean()),
+    truth = F.one_hot(y, probs.shape[1])
+    return {"test_loss": float(-probs.gather(1, y[:, None]).clamp(min=1e-300).log().mean()),
+            "test_brier": float((probs - truth).square().sum(1).mean()),
             "test_ece": float(gaps.sum() / len(y))}
 
 
@@ -1273,17 +1288,17 @@ def bootstrap_f1(matrix: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def measure_classes(predicted: Tensor, y: Tensor, shares: Tensor,
+def measure_classes(predicted: Tensor, y: Tensor, probs: Tensor,
                     names: Sequence[str] = ()) -> pd.DataFrame:
     """Support, precision, recall, F1, AUC (one against the rest) of each class, or NaN."""
-    classes = shares.shape[1]
+    classes = probs.shape[1]
     precision, recall, f1, support = skmetrics.precision_recall_fscore_support(
         y, predicted, labels=range(classes), zero_division=np.nan)
     # One against the rest needs both.
     there = (support > 0) & (support < len(y))
     auc = np.full(classes, np.nan)
     if there.any():
-        auc[there] = skmetrics.roc_auc_score(F.one_hot(y, classes)[:, there], shares[:, there],
+        auc[there] = skmetrics.roc_auc_score(F.one_hot(y, classes)[:, there], probs[:, there],
                                              average=None)
     return pd.DataFrame({"class": list(names) or range(classes), "support": support,
                          "precision": precision, "recall": recall, "f1": f1, "auc": auc})
@@ -1291,7 +1306,7 @@ def measure_classes(predicted: Tensor, y: Tensor, shares: Tensor,
 
 def measure(logits: Tensor, y: Tensor, temperature: float = 1.0) -> dict[str, float]:
     """All that is one number about the test part, with intervals."""
-    predicted, shares = logits.argmax(1), probabilities(logits, temperature)
+    predicted, probs = logits.argmax(1), probabilities(logits, temperature)
     right = predicted == y
     low, high = wilson(int(right.sum()), len(y))
     matrix = count_confusions(y, predicted, logits.shape[1])
@@ -1299,18 +1314,18 @@ def measure(logits: Tensor, y: Tensor, temperature: float = 1.0) -> dict[str, fl
     found = {"test_accuracy": float(right.double().mean()), "test_accuracy_low": low,
              "test_accuracy_high": high, "test_macro_f1": float(macro_f1(matrix)),
              "test_macro_f1_low": f1_low, "test_macro_f1_high": f1_high}
-    auc = measure_classes(predicted, y, shares)["auc"].mean()
+    auc = measure_classes(predicted, y, probs)["auc"].mean()
     if not math.isnan(auc):
         found["test_auc"] = float(auc)
     if logits.shape[1] > 2:
         second = (logits.topk(2).indices == y[:, None]).any(1)
         found["test_top2_accuracy"] = float(second.double().mean())
     raw = measure_probabilities(probabilities(logits, 1.0), y)
-    return {**found, **measure_probabilities(shares, y),
+    return {**found, **measure_probabilities(probs, y),
             **{f"{key}_uncalibrated": value for key, value in raw.items()}}
 
 
-def measure_gain(right: Tensor, rival: Tensor, name: str) -> dict[str, float]:
+def paired_gain(right: Tensor, rival: Tensor, name: str) -> dict[str, float]:
     """How much more often one method is right than another, with the paired 95 % interval.
 
     For the interval two samples are added, half a one to each way in which the two can agree or
@@ -1341,7 +1356,7 @@ def confused_pairs(matrix: np.ndarray, most: int = 5) -> list[tuple[int, int, in
 # -- drift ---------------------------------------------------------------------------------------
 
 
-def summarize(statistics: dict[str, Tensor]) -> dict[str, list[float]]:
+def quantiles_of(statistics: dict[str, Tensor]) -> dict[str, list[float]]:
     """How each statistic is distributed, in at most 1,000 quantiles each."""
     n = min(1000, *map(len, statistics.values()))
     shares = torch.linspace(0, 1, n, dtype=torch.float64)
@@ -1395,18 +1410,18 @@ def find_near_repeats(data: Dataset, exact: set[int]) -> list[dict[str, Any]]:
             for row, other, value in (data.samples.near_repeats(rows, seen) if len(rows) else [])]
 
 
-def find_suspect_labels(rows: Tensor, y: Tensor, shares: Tensor) -> list[dict[str, Any]]:
+def find_suspect_labels(rows: Tensor, y: Tensor, probs: Tensor) -> list[dict[str, Any]]:
     """Labels that predictions made without them contradict, the surest first.
 
     Suspect is who is held for another class as surely as that one's own samples usually are
     (confident learning, Northcutt et al. 2021).
     """
     # 2: nobody is so sure of a class without samples.
-    usual = torch.stack([shares[y == c, c].mean() if (y == c).any() else torch.tensor(2.0).double()
-                         for c in range(shares.shape[1])])
-    sure, other = shares.max(1)
+    usual = torch.stack([probs[y == c, c].mean() if (y == c).any() else torch.tensor(2.0).double()
+                         for c in range(probs.shape[1])])
+    sure, other = probs.max(1)
     doubtful = (other != y) & (sure >= usual[other])
-    margin = sure - shares.gather(1, y[:, None])[:, 0]
+    margin = sure - probs.gather(1, y[:, None])[:, 0]
     return [issue("suspect label", "train", int(rows[i]), int(y[i]), other_class=int(other[i]),
                   value=float(sure[i]))
             for i in margin.argsort(descending=True, stable=True).tolist() if doubtful[i]]
@@ -1494,7 +1509,7 @@ def pixel_baseline(data: Dataset) -> tuple[str, Tensor]:
 
     def pixels(rows: Tensor) -> Tensor:
         return torch.cat([F.avg_pool2d(x.cpu().float() / 64 - 2, fine)
-                          for x in samples.in_parts(rows)]).flatten(1)
+                          for x in samples.pixel_chunks(rows)]).flatten(1)
 
     x, y, random, steps = pixels(train), data.labels[train], torch.Generator().manual_seed(0), 500
     middle = x.mean(0)
@@ -1517,7 +1532,7 @@ def phrase_baseline(data: Dataset) -> tuple[str, Tensor]:
     train = data.parts["train"]
     model = PhraseModel(data.samples.tokens, train, data.labels[train], len(data.meta["classes"]),
                         longest=2, weighed=False)
-    predicted = model.shares(data.parts["test"]).argmax(1)
+    predicted = model.probabilities(data.parts["test"]).argmax(1)
     return "TF-IDF of words and word pairs + logistic regression", predicted
 
 
@@ -1575,13 +1590,13 @@ class PhraseModel:
         from scipy.sparse import diags
         return self.scale.transform(counts) @ diags(self.weight)
 
-    def shares(self, rows: Tensor, temperature: float = 1.0) -> Tensor:
+    def probabilities(self, rows: Tensor, temperature: float = 1.0) -> Tensor:
         """The probability of each class [len(rows), classes]; in parts, since phrases are many."""
         found = np.concatenate([self.model.predict_proba(self.features(self.count(some)))
                                 for some in rows.split(5_000)])
-        shares = torch.zeros(len(rows), self.classes)
-        shares[:, self.model.classes_] = torch.from_numpy(found).float() ** (1 / temperature)
-        return shares / shares.sum(1, keepdim=True)
+        probs = torch.zeros(len(rows), self.classes)
+        probs[:, self.model.classes_] = torch.from_numpy(found).float() ** (1 / temperature)
+        return probs / probs.sum(1, keepdim=True)
 
 
 # -- all of it together --------------------------------------------------------------------------
@@ -1605,10 +1620,10 @@ class Evaluation:
         self.y = self.data.labels[self.rows]
         self.predicted = self.logits.argmax(1)
         self.right = self.predicted == self.y
-        self.shares = probabilities(self.logits, self.data.meta["temperature"])
-        self.confidence = self.shares.gather(1, self.predicted[:, None])[:, 0]
+        self.probs = probabilities(self.logits, self.data.meta["temperature"])
+        self.confidence = self.probs.gather(1, self.predicted[:, None])[:, 0]
         self.matrix = count_confusions(self.y, self.predicted, len(self.classes))
-        self.by_class = measure_classes(self.predicted, self.y, self.shares, self.classes)
+        self.by_class = measure_classes(self.predicted, self.y, self.probs, self.classes)
         wrong = (~self.right).nonzero().flatten()
         self.mistakes = wrong[self.confidence[wrong].argsort(descending=True, stable=True)]
 
@@ -1625,8 +1640,8 @@ class Evaluation:
         table = pd.DataFrame({
             "row": self.rows, "true": names[self.y], "predicted": names[self.predicted],
             "confidence": self.confidence.numpy().round(6), "correct": self.right.int()})
-        shares = pd.DataFrame(self.shares.numpy().round(6), columns=[f"p_{c}" for c in names])
-        table = pd.concat((table, shares), axis=1)
+        probs = pd.DataFrame(self.probs.numpy().round(6), columns=[f"p_{c}" for c in names])
+        table = pd.concat((table, probs), axis=1)
         return table.assign(name=self.data.names_of(self.rows)) if self.data.names else table
 
     @property
@@ -1643,7 +1658,7 @@ class Evaluation:
                                  other_name=self.data.names_of(self.issues["other_row"]))
         return table
 
-    def draw(self, n: int, seed: int) -> Tensor:
+    def random_rows(self, n: int, seed: int) -> Tensor:
         """Some test samples drawn blindly, never picked for how well they went."""
         return torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(seed))[:n]
 
@@ -1696,7 +1711,7 @@ def spread_map(cam: Tensor, side: int) -> Tensor:  # [B, h, h] -> [B, side, side
     return F.pad(fine, (0, max(0, side - size)) * 2, "replicate")[:, 0, :side, :side]
 
 
-def evidence_maps(model: nn.Module, x: Tensor, label: Tensor,
+def layer_cams(model: nn.Module, x: Tensor, label: Tensor,
                   layers: list[nn.Module]) -> list[Tensor]:
     """What each place of these layers adds to `label` against the others: [B, h, h] a layer.
 
@@ -1730,7 +1745,7 @@ def grad_cam(model: nn.Module, x: Tensor, label: Tensor, layers: list[nn.Module]
     stretched to look sure. Two copies, a pixel apart, are averaged: pooling makes each coarse.
     """
     side, room = x.shape[-1], F.pad(x, (1, 1, 1, 1), "reflect")
-    copies = [(at, evidence_maps(model, room[..., at:at + side, at:at + side], label, layers))
+    copies = [(at, layer_cams(model, room[..., at:at + side, at:at + side], label, layers))
               for at in (0, 2)]
     cam = torch.zeros_like(x[:, 0])
     for k in range(len(layers)):
@@ -1837,8 +1852,8 @@ def deletion_curve(model: nn.Module, x: Tensor, label: Tensor, strength: Tensor,
     for share in DELETED_SHARES:
         gone = real & (rank < (size * share).round())
         rest = x.masked_fill(gone, UNKNOWN) if text else x * ~gone[:, None]
-        shares = probabilities(model(rest).cpu(), temperature)
-        curve.append(shares.gather(1, label[:, None].cpu())[:, 0])
+        probs = probabilities(model(rest).cpu(), temperature)
+        curve.append(probs.gather(1, label[:, None].cpu())[:, 0])
     return torch.stack(curve, 1)
 
 
@@ -1902,7 +1917,7 @@ class RawData:
     x: Any  # uint8 [N, C, H, W], or a list of texts
     y: np.ndarray  # int64; where there are fewer than samples, the rest has no labels
     n_train: int
-    slug: str = ""  # names a stand-in in its run folder; empty for the real data
+    stand_in_slug: str = ""  # names a stand-in in its run folder; empty for the real data
     n_val: int = 0  # the last of the training rows, which somebody chose for validation
     names: Sequence[str] = ()  # of each row, in the user's own data
     skipped: Sequence[tuple[str, str]] = ()  # what could not be used, and why
@@ -1915,7 +1930,7 @@ class Dataset:
     """A data set ready for training; `meta` is all that predicting needs besides the weights."""
 
     name: str
-    slug: str
+    stand_in_slug: str
     samples: Samples
     labels: Tensor  # int64 [N], on the CPU
     parts: dict[str, Tensor]  # train, val, test, unlabelled -> row numbers
@@ -1979,8 +1994,10 @@ def split_rows(raw: RawData, config: Config) -> dict[str, Tensor]:
     random = np.random.default_rng(config.seed)
     n_val = max(1, round(raw.n_train * config.val_fraction))
     order = stratified_order(raw.y[:raw.n_train], random.permutation)
-    if raw.n_val:
-        order, n_val = np.arange(raw.n_train)[::-1], raw.n_val
+    if raw.n_val:  # somebody chose them: the last of the training rows
+        chosen = np.arange(raw.n_train - raw.n_val, raw.n_train)
+        order = stratified_order(raw.y[:chosen[0]], random.permutation)
+        order, n_val = np.concatenate((random.permutation(chosen), order)), raw.n_val
     fixed = np.random.default_rng(0)  # the test part never depends on the seed
     test = raw.n_train + stratified_order(raw.y[raw.n_train:], fixed.permutation)
     rows = {"train": order[n_val:], "val": order[:n_val], "test": test}
@@ -2064,12 +2081,14 @@ class SampleData:
     shown = (24, 12, 4)  # in a figure; explained at random; explained of the mistakes
     tested, test_cost = 100, 80  # explanations put to the test; predictions that one takes
     tta_margin = 0.0  # where the best logit leads by less, views are averaged
-    # pack(x): samples as they come, as one array. learn(packed, rows, config): what the training
-    # rows teach. open(argument, meta): names and samples of a --predict argument, or problems.
-    # receive(sent, meta): a stranger's sample. batch(rows, noise, epoch, shard): the model's input.
-    # plan(rows, size, order): positions in `rows`, batch by batch. show(row): to look at.
-    # near_repeats(rows, among): (row, other row, likeness). empty(rows): those that hold nothing.
+    # pack(x): samples as they come, as one array.
+    # fit_preprocessing(packed, rows, config): what the training rows teach.
+    # plan(rows, size, order): positions in `rows`, batch by batch.
+    # batch(rows, noise, epoch, shard): the model's input. show(row): to look at.
+    # near_repeats(rows, among): (row, other row, likeness). blank_rows(rows): what holds nothing.
     # statistics(rows): numbers of each sample, whose distribution may drift.
+    # read_inputs(argument, meta): names and samples of a --predict argument, or problems.
+    # decode_request(sent, meta): a sample that a stranger sent to the server.
 
     def __len__(self) -> int:
         return len(self.start if isinstance(self, TextData) else self.pixels)  # type: ignore
@@ -2088,7 +2107,7 @@ class SampleData:
         """What is done before the first step; says so."""
         return ""
 
-    def hint(self, model: nn.Module, row: int) -> str:
+    def prediction_note(self, model: nn.Module, row: int) -> str:
         """What stands beside a prediction."""
         return ""
 
@@ -2118,10 +2137,10 @@ class ImageData(SampleData):
             return torch.from_numpy(np.ascontiguousarray(x))
 
     @classmethod
-    def learn(cls, pixels: Tensor, rows: Tensor, config: Config) -> Meta:
+    def fit_preprocessing(cls, pixels: Tensor, rows: Tensor, config: Config) -> Meta:
         """Mean, deviation and the covariance of 2x2 patches, over the training rows alone."""
         total = torch.zeros(2, pixels.shape[1], dtype=torch.float64)
-        for some in split_evenly(rows, pixels):
+        for some in memory_chunks(rows, pixels):
             x = pixels[some].float().div_(255)
             moments = torch.stack((x.mean((0, 2, 3)), x.square().mean((0, 2, 3))))
             total += moments * (len(some) / len(rows))
@@ -2172,10 +2191,10 @@ class ImageData(SampleData):
         views = [room[..., 2:, 2:], room[..., :-2, :-2]]
         return views + [v.flip(3) for v in (x, *views)] if self.augment.get("flip") else views
 
-    def in_parts(self, rows: Tensor) -> Iterator[Tensor]:
+    def pixel_chunks(self, rows: Tensor) -> Iterator[Tensor]:
         """The pixels of these rows, some at a time."""
         return (self.pixels[some.to(self.pixels.device)]
-                for some in split_evenly(rows, self.pixels))
+                for some in memory_chunks(rows, self.pixels))
 
     # Neighbours in the network's last layer took 37 s instead of 3, and found fewer of them.
     def near_repeats(self, rows: Tensor, among: Tensor) -> list[tuple[int, int, float]]:
@@ -2189,7 +2208,7 @@ class ImageData(SampleData):
 
         def coarse(rows: Tensor, mirrored: bool = False) -> Tensor:  # [n, C * 64], unit length
             small = [F.adaptive_avg_pool2d((x.flip(3) if mirrored else x).cpu().float(), 8)
-                     for x in self.in_parts(rows)]
+                     for x in self.pixel_chunks(rows)]
             return centre(torch.cat(small)).to(self.pixels.device)
 
         library, found = coarse(among), list[tuple[int, int, float]]()
@@ -2212,14 +2231,14 @@ class ImageData(SampleData):
                          alike[repeats, 0].tolist(), strict=True)
         return found
 
-    def empty(self, rows: Tensor) -> Tensor:
+    def blank_rows(self, rows: Tensor) -> Tensor:
         """Pictures of one colour."""
         return rows[torch.cat([(x.flatten(2) == x.flatten(2)[:, :, :1]).all(2).all(1).cpu()
-                               for x in self.in_parts(rows)])]
+                               for x in self.pixel_chunks(rows)])]
 
     def statistics(self, rows: Tensor) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = defaultdict(list)
-        for x in self.in_parts(rows):
+        for x in self.pixel_chunks(rows):
             x = x.float() / 255
             found["brightness"].append(x.mean((1, 2, 3)))
             found["contrast"].append(x.mean(1).flatten(1).std(1))
@@ -2234,7 +2253,7 @@ class ImageData(SampleData):
         """[H, W] or [H, W, 3]."""
         return self.pixels[row].permute(1, 2, 0).squeeze(-1).cpu().numpy()
 
-    def extra_seconds(self, data: Dataset, unlabelled: int) -> tuple[float, float]:
+    def estimate_extra_seconds(self, data: Dataset, unlabelled: int) -> tuple[float, float]:
         """About how long, on two cores: to prepare; the baseline and near repeats."""
         return 0.0, 2.0 + 7e-9 * len(data.parts["train"]) * len(data.parts["test"])
 
@@ -2252,7 +2271,8 @@ class ImageData(SampleData):
         plot_maps([self.show(row) for row in rows.tolist()], verdicts, dressed, path, title)
         return {"kind": "figure", "png": path.read_bytes(), "name": path.stem}
 
-    def answer(self, model: nn.Module, rows: Tensor, label: Tensor) -> list[dict[str, Any]]:
+    def explain_for_server(self, model: nn.Module, rows: Tensor,
+                           label: Tensor) -> list[dict[str, Any]]:
         """Why, for a server: each picture under the map of what spoke for its class."""
         (name, maps), *_ = explain_images(model, self.batch(rows), label).items()
         return [{"method": ": ".join(EXPLANATIONS[name]),
@@ -2260,7 +2280,7 @@ class ImageData(SampleData):
                 for row, strength in zip(rows.tolist(), maps.cpu().numpy(), strict=True)]
 
     @staticmethod
-    def receive(sent: bytes | str, meta: Meta) -> np.ndarray:
+    def decode_request(sent: bytes | str, meta: Meta) -> np.ndarray:
         """The bytes of its file, or these in base64."""
         if isinstance(sent, str):
             try:
@@ -2271,7 +2291,7 @@ class ImageData(SampleData):
         return read_picture(io.BytesIO(sent), meta, COMMON_FORMATS, MAX_PIXELS // 2)
 
     @staticmethod
-    def open(argument: Any, meta: Meta) -> Iterator[tuple[str, Any]]:
+    def read_inputs(argument: Any, meta: Meta) -> Iterator[tuple[str, Any]]:
         def read(source: Any) -> Any:
             try:
                 return read_picture(source, meta)
@@ -2294,7 +2314,7 @@ class ImageData(SampleData):
                 yield from zip(map(str, some), pool.map(read, some), strict=True)
 
 
-def split_evenly(rows: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
+def memory_chunks(rows: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
     """Some rows at a time: no more than 60 MB of pixels as floats, and no more than 5,000."""
     return rows.split(max(1, min(5000, 15_360_000 // pixels[0].numel())))
 
@@ -2352,7 +2372,7 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
     x = np.asarray(picture).reshape(side, side, meta["channels"]).transpose(2, 0, 1)
     border = np.median((x[0, 0], x[0, -1], x[0, :, 0], x[0, :, -1]))
     # Ink on paper, for a model that learnt light on dark, as MNIST's.
-    return 255 - x if meta["paper"] and border > 127 else x
+    return 255 - x if meta["light_on_dark"] and border > 127 else x
 
 
 # -- texts ---------------------------------------------------------------------------------------
@@ -2441,7 +2461,7 @@ class TextData(SampleData):
     pack = staticmethod(tokenize)
 
     @classmethod
-    def learn(cls, tokens: Tokens, rows: Tensor, config: Config) -> Meta:
+    def fit_preprocessing(cls, tokens: Tokens, rows: Tensor, config: Config) -> Meta:
         """The vocabulary: the commonest words of the training rows that occur at least twice."""
         counts = tokens.of(rows)[0].bincount(minlength=len(tokens.words))
         common = counts.argsort(descending=True, stable=True)[:config.vocabulary]
@@ -2465,7 +2485,7 @@ class TextData(SampleData):
             batches = [batches[i] for i in torch.randperm(len(batches), generator=order).tolist()]
         return batches
 
-    def places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def flat_indices(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Which element of `flat` stands at each place, and whether one does [B, T]."""
         kept = self.kept[rows].unsqueeze(1)
         longest = int(kept.max())
@@ -2478,12 +2498,12 @@ class TextData(SampleData):
     def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0,
               shard: slice = slice(None)) -> Tensor:
         """Token numbers [B, T] of a shard of these rows, PAD behind each text."""
-        element, real = (t.to(self.flat.device) for t in self.places(rows[shard]))
+        element, real = (t.to(self.flat.device) for t in self.flat_indices(rows[shard]))
         return self.flat[element].masked_fill(~real, PAD)
 
     def words(self, row: int) -> list[str]:
         """The words that `batch` has numbers for, as they are written, with their punctuation."""
-        element, real = self.places(torch.tensor([row]))
+        element, real = self.flat_indices(torch.tensor([row]))
         place = (element[real] - self.start[row]).tolist()
         text = self.show(row)
         spans = [(0, 0), *(found.span() for found in re.finditer(WORD, text)), (len(text),) * 2]
@@ -2536,22 +2556,22 @@ class TextData(SampleData):
                 best[i] = (j, share)
         return [(int(both[i]), int(both[j]), share) for i, (j, share) in sorted(best.items())]
 
-    def per_text(self, rows: Tensor, of_word: Tensor) -> Tensor:
+    def sum_per_text(self, rows: Tensor, of_word: Tensor) -> Tensor:
         """The sum over each text's words of a number that each word has."""
         number, text = self.tokens.of(rows)
         return torch.zeros(len(rows)).index_add_(0, text, of_word.float()[number])
 
-    def empty(self, rows: Tensor) -> Tensor:
+    def blank_rows(self, rows: Tensor) -> Tensor:
         """Texts without a word that the model knows."""
-        return rows[self.per_text(rows, self.table > UNKNOWN) == 0]
+        return rows[self.sum_per_text(rows, self.table > UNKNOWN) == 0]
 
     def statistics(self, rows: Tensor) -> dict[str, Tensor]:
         n = self.length[rows].float()
         letters = torch.tensor([len(word) for word in self.tokens.words])
         return {"number of words": n,
-                "share of unknown words": self.per_text(rows, self.table == UNKNOWN) / n,
-                "rarity of words": self.per_text(rows, self.table.clamp(min=1).log()) / n,
-                "length of words": self.per_text(rows, letters) / n}
+                "share of unknown words": self.sum_per_text(rows, self.table == UNKNOWN) / n,
+                "rarity of words": self.sum_per_text(rows, self.table.clamp(min=1).log()) / n,
+                "length of words": self.sum_per_text(rows, letters) / n}
 
     def prepare(self, model: nn.Module, data: Dataset) -> str:
         """Before the first step: word vectors, and pseudo-labels for texts without labels."""
@@ -2562,14 +2582,15 @@ class TextData(SampleData):
             return said
         some, again = data.unlabelled.unique(return_inverse=True)
         simple = PhraseModel(self.tokens, train, data.labels[train], classes, 3, weighed=True)
-        data.pseudo_labels = simple.shares(some, temperature=0.7)[again]  # else it is too cautious
+        # Without the temperature they are too cautious.
+        data.pseudo_labels = simple.probabilities(some, temperature=0.7)[again]
         said += f"; on {len(some):,} texts without labels, the opinion of a simpler method"
         if len(val):
-            right = (simple.shares(val).argmax(1) == data.labels[val]).double().mean()
+            right = (simple.probabilities(val).argmax(1) == data.labels[val]).double().mean()
             said += f" (right on {right:.1%} of validation)"
         return said
 
-    def extra_seconds(self, data: Dataset, unlabelled: int) -> tuple[float, float]:
+    def estimate_extra_seconds(self, data: Dataset, unlabelled: int) -> tuple[float, float]:
         """About how long, on two cores: to prepare; the baseline and near repeats."""
         train, test, more = (float(self.length[data.parts[part]].sum()) / 1e6
                              for part in ("train", "test", "unlabelled"))
@@ -2578,7 +2599,7 @@ class TextData(SampleData):
         return train + more + opinions, 1.7 * train + 1.2 * test
 
     @torch.no_grad()
-    def hint(self, model: nn.Module, row: int) -> str:
+    def prediction_note(self, model: nn.Module, row: int) -> str:
         """Beside a prediction: the words that weighed most, and the unknown ones."""
         rows = torch.tensor([row])
         weights = model.attend(self.batch(rows))[1]  # type: ignore[operator]
@@ -2607,7 +2628,8 @@ class TextData(SampleData):
         return {"kind": "words", "texts": texts}
 
     @torch.no_grad()
-    def answer(self, model: nn.Module, rows: Tensor, label: Tensor) -> list[dict[str, Any]]:
+    def explain_for_server(self, model: nn.Module, rows: Tensor,
+                           label: Tensor) -> list[dict[str, Any]]:
         """Why, for a server's answers: the attention to each word, and how dark that makes it."""
         weights = model.attend(self.batch(rows))[1]  # type: ignore[operator]
         return [{"method": ": ".join(EXPLANATIONS["attention"]), "words": words,
@@ -2615,7 +2637,7 @@ class TextData(SampleData):
                 for words in self.weighted_words(rows, weights)]
 
     @staticmethod
-    def receive(sent: bytes | str, meta: Meta) -> str:
+    def decode_request(sent: bytes | str, meta: Meta) -> str:
         if isinstance(sent, bytes):
             raise UnreadableSample("a file, but this run reads texts: send JSON, "
                                    '{"text": "a wonderful film"}')
@@ -2624,7 +2646,7 @@ class TextData(SampleData):
         return sent.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
 
     @staticmethod
-    def open(argument: Any, meta: Meta) -> Iterator[tuple[str, Any]]:
+    def read_inputs(argument: Any, meta: Meta) -> Iterator[tuple[str, Any]]:
         """The text itself, or the texts of a file, table or folder."""
         if not isinstance(argument, str):
             raise UsageError(f"--predict {type(argument).__name__}: this run's model reads texts")
@@ -2656,11 +2678,11 @@ def initialize_embedding(model: TextNet, samples: TextData, data: Dataset) -> st
     train, known = data.parts["train"], len(data.meta["vocabulary"]) + 2
     readable = torch.cat((train, data.parts["unlabelled"]))
     words = torch.cat([samples.table[samples.tokens.of(some)[0]] for some in readable.split(5_000)])
-    vectors = word_vectors(words, known, WORD_SIZE)
+    vectors = word_vectors(words, known, WORD_DIM)
     labelled, text = samples.tokens.of(train)
     # What each word says by itself need not be found out by the first epoch.
-    leanings = class_leanings(samples.table[labelled].long(), text, data.labels[train], known,
-                              len(data.meta["classes"]))[:, :WORD_SIZE // 2]
+    leanings = class_log_ratios(samples.table[labelled].long(), text, data.labels[train], known,
+                              len(data.meta["classes"]))[:, :WORD_DIM // 2]
     with torch.no_grad():
         # Some chance stays: words with the same neighbours must be told apart.
         weight = model.embedding.weight.mul_(0.2)
@@ -2694,7 +2716,7 @@ def word_vectors(ids: Tensor, words: int, size: int, reach: int = 5) -> Tensor:
     return (information @ directions / strength ** 0.25).flip(1)
 
 
-def class_leanings(ids: Tensor, text: Tensor, y: Tensor, words: int, classes: int) -> Tensor:
+def class_log_ratios(ids: Tensor, text: Tensor, y: Tensor, words: int, classes: int) -> Tensor:
     """How much likelier than on average each class uses each word: logarithms [words, K]."""
     used = torch.unique(text * words + ids)  # each word once a text
     uses = torch.ones(classes, words)
@@ -2711,7 +2733,7 @@ SPEED_WINDOW_SECONDS = 5.0  # over which that is measured
 
 
 @contextlib.contextmanager
-def reading(path: Path, delete: Path | None = None) -> Iterator[None]:
+def explain_read_errors(path: Path, delete: Path | None = None) -> Iterator[None]:
     """Whatever goes wrong with this file becomes one line that names it, and what to delete."""
     try:
         yield
@@ -2904,7 +2926,7 @@ def read_cifar10(config: Config) -> RawData:
         unpack(fetch(CIFAR10, config.data_path, config), inside.name)
     pixels, labels = [], []
     for name in BATCHES:
-        with reading(inside / name, inside):
+        with explain_read_errors(inside / name, inside):
             blob = io.BytesIO((inside / name).read_bytes())
             batch = BatchUnpickler(blob, encoding="bytes").load()
             y = np.array(batch[b"labels"], dtype=np.int64)
@@ -2920,7 +2942,7 @@ def read_cifar10(config: Config) -> RawData:
 
 def read_idx(path: Path) -> np.ndarray:
     """MNIST's own array format, gzipped or not: two zero bytes, type 8, rank, sizes, bytes."""
-    with reading(path):
+    with explain_read_errors(path):
         blob = path.read_bytes()
         blob = gzip.decompress(blob) if path.suffix == ".gz" else blob
         if blob[:3] != b"\0\0\x08":
@@ -2950,7 +2972,7 @@ def read_mnist(config: Config) -> RawData:
 
 def list_folder(folder: Path) -> list[Path]:
     """What a folder holds, in order, without what systems hide in it."""
-    with reading(folder):
+    with explain_read_errors(folder):
         return sorted(path for path in folder.iterdir()
                       if not path.name.startswith((".", "__MACOSX")))
 
@@ -2963,7 +2985,7 @@ def file_mark(path: Path) -> str:
 
 def read_text(path: Path) -> str:
     """One text file; a NUL, which no text has, separates texts in the cache."""
-    with reading(path):
+    with explain_read_errors(path):
         return decode(path.read_bytes()).replace("\0", " ")
 
 
@@ -3102,7 +3124,7 @@ def picture_format(found: list[SampleFile], config: Config) -> Meta:
     grey = config.colour == "grey" or (
         config.colour == "auto" and modes <= {"1", "L", "LA", "I", "F", "I;16"})
     return {"side": config.image_size or min(64, max(8, int(np.median(sides)))),
-            "channels": 1 if grey else 3, "paper": False}
+            "channels": 1 if grey else 3, "light_on_dark": False}
 
 
 def decode_pictures(found: list[SampleFile], form: Meta, place: Path) -> None:
@@ -3160,7 +3182,7 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
 
 def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
     """A table, CSV, TSV or JSON lines, its rows numbered from 1; and the lines that are none."""
-    with reading(path):
+    with explain_read_errors(path):
         blob = path.read_bytes()
     wide = blob.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = blob.decode("utf-16", "replace") if wide else decode(blob.removeprefix(codecs.BOM_UTF8))
@@ -3329,7 +3351,7 @@ SHAPES: dict[str, Callable[..., np.ndarray]] = {  # u, v in [-1, 1]; r, a: as ra
 }
 
 
-def turned(across: np.ndarray, down: np.ndarray,
+def rotate(across: np.ndarray, down: np.ndarray,
            angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates in a frame that is turned by this angle."""
     return (across * np.cos(angle) + down * np.sin(angle),
@@ -3344,7 +3366,7 @@ def draw_shapes(y: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray,
     fine = (np.arange(64, dtype=np.float32) + 0.5) / 2  # twice as fine, averaged: smooth edges
     size, angle = uniform(7, 12, 1, 1), uniform(-0.6, 0.6, 1, 1)
     across, down = fine - uniform(11, 21, 1, 1), fine[:, None] - uniform(11, 21, 1, 1)
-    u, v = (moved / size for moved in turned(across, down, angle))
+    u, v = (moved / size for moved in rotate(across, down, angle))
     frame = (u, v, np.hypot(u, v), np.arctan2(v, u))
     cover = np.zeros(u.shape, np.float32)
     for label, inside in enumerate(SHAPES.values()):
@@ -3359,7 +3381,7 @@ def draw_shapes(y: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray,
         if k == 5:
             picture = picture * (1 - cover) + fore * cover
         angle, middle = uniform(0, np.pi, 1, 1), uniform(2, 30, 2, 1, 1)
-        along, beside = turned(place - middle[:, 0], place[:, None] - middle[:, 1], angle)
+        along, beside = rotate(place - middle[:, 0], place[:, None] - middle[:, 1], angle)
         stroke = (abs(along) < uniform(2, 7, 1, 1)) & (abs(beside) < uniform(0.6, 1.6, 1, 1))
         picture = np.where(stroke[:, None], uniform(0, 1, 3, 1, 1), picture)
     picture = picture + random.normal(0, 0.05, picture.shape)
@@ -3448,7 +3470,8 @@ def make_reviews(n_train: int = 6000, n_test: int = 2000) -> RawData:
 
 # ================================================================================================
 # 8  Tasks
-#    The only place that knows a task by name. A new one is one entry in TASKS.
+#    The only place that knows a task by name. A new one is a function that reads its data (as
+#    read_mnist in section 7) and one entry in TASKS.
 # ================================================================================================
 
 
@@ -3462,7 +3485,7 @@ class Task:
     defaults: dict[str, Any] = field(default_factory=dict)
     offline_defaults: dict[str, Any] = field(default_factory=dict)  # its own model, on the stand-in
     augment: dict[str, Any] = field(default_factory=dict)
-    paper: bool = False  # pictures are light on dark, but people will give dark on light
+    light_on_dark: bool = False  # pictures are light on dark, but people will give dark on light
     read_own: Callable[[Config, Callable[[str], Any]], RawData] | None = None  # from --data
 
 
@@ -3473,7 +3496,7 @@ TASKS = {
                   {"epochs": 60, "batch_size": 64, "lr": 2e-3, "width": 512},
                   # Without the ripple six epochs are as good; it pays in long runs.
                   {"shift": 2, "rotate": 10, "scale": 0.12, "shear": 0.12, "elastic": 0.4},
-                  paper=True),
+                  light_on_dark=True),
     "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm"},
                       {"epochs": 5, "batch_size": 32, "dropout": 0.2}),
     "images": Task("image", None, None, {"model": "fast"}, augment={"flip": True, "shift": 2},
@@ -3515,7 +3538,7 @@ def resolved_source(config: Config, stand_in: bool) -> str:
 def load_in_all_processes(config: Config, log: Log, group: DistributedContext) -> RawData:
     """The data set in every process; the first of each machine gets it, others find it there."""
     raw = load_raw(config, log) if group.local_rank == 0 else None
-    stand_in = group.broadcast(bool(raw.slug) if raw else None)
+    stand_in = group.broadcast(bool(raw.stand_in_slug) if raw else None)
     if raw is None:
         raw = load_raw(replace(config, data=resolved_source(config, stand_in)), log)
     if len({*group.gather((raw.name, len(raw.x), short_hash(raw.y)))}) > 1:
@@ -3530,11 +3553,11 @@ def build_dataset(raw: RawData, config: Config, parts: dict[str, Tensor] | None 
     samples = SAMPLES[task.kind]
     parts = parts or split_rows(raw, config)
     raw.packed = packed = samples.pack(raw.x) if raw.packed is None else raw.packed
-    learnt = inherit_meta(samples.learn(packed, parts["train"], config), config)
+    learnt = inherit_meta(samples.fit_preprocessing(packed, parts["train"], config), config)
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name,
-            "stand_in": bool(raw.slug), "classes": raw.classes, "model": config.model,
-            "dropout": config.dropout, "paper": task.paper, "text_column": raw.text_column,
-            **learnt, "width": config.width, "views": config.views,
+            "stand_in": bool(raw.stand_in_slug), "classes": raw.classes, "model": config.model,
+            "dropout": config.dropout, "light_on_dark": task.light_on_dark,
+            "text_column": raw.text_column, **learnt, "width": config.width, "views": config.views,
             "augment": {key: value for key, value in task.augment.items()
                         if config.augment and (config.flip or key != "flip")}}
     random = np.random.default_rng(config.seed)
@@ -3549,8 +3572,8 @@ def build_dataset(raw: RawData, config: Config, parts: dict[str, Tensor] | None 
         times = labels[parts["train"]].bincount(minlength=classes)
         weight = len(parts["train"]) / (classes * times.clamp(min=1))
     no_opinion = torch.full((len(unlabelled), classes), 1 / classes)
-    return Dataset(raw.name, raw.slug, samples(packed, meta), labels, parts, meta, unlabelled,
-                   no_opinion, raw.names, weight)
+    return Dataset(raw.name, raw.stand_in_slug, samples(packed, meta), labels, parts, meta,
+                   unlabelled, no_opinion, raw.names, weight)
 
 
 def check_dataset(data: Dataset, config: Config, group: DistributedContext) -> list[str]:
@@ -3569,13 +3592,13 @@ def check_dataset(data: Dataset, config: Config, group: DistributedContext) -> l
     needed = max(group.size, 2 if data.meta["kind"] == "image" else 1)  # 2 for batch norm
     if least < needed:
         raise UsageError(f"--batch-size {config.batch_size}: at least {needed} samples a step are "
-                         f"needed here ({count(group.size, 'process', 'processes')})")
+                         f"needed here ({plural(group.size, 'process', 'processes')})")
     notes = [f"no {'validation' if part == 'val' else part} sample of {some}: nothing can be said "
              "about it there" for part, some in lacking.items() if some]
     rare, common = int(times["train"].argmin()), int(times["train"].argmax())
     few, many = int(times["train"][rare]), int(times["train"][common])
     if many > 5 * few and config.class_weights == "none":
-        notes.append(f"{names[rare]} has {count(few, 'training sample')}, {names[common]} "
+        notes.append(f"{names[rare]} has {plural(few, 'training sample')}, {names[common]} "
                      f"{many:,}: with --class-weights balanced all classes would count alike")
     return notes
 
@@ -3583,10 +3606,10 @@ def check_dataset(data: Dataset, config: Config, group: DistributedContext) -> l
 # -- weights from elsewhere ----------------------------------------------------------------------
 
 # What torchvision's published weights expect of pictures.
-PUBLISHED = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+IMAGENET_STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
-def load_ancestor(init: str, kind: str) -> dict[str, Any]:
+def load_init(init: str, kind: str) -> dict[str, Any]:
     """The model.pt of --init: weights, and what they expect."""
     run = Path(init).expanduser()
     try:
@@ -3602,10 +3625,10 @@ def load_ancestor(init: str, kind: str) -> dict[str, Any]:
 def inherit_meta(learnt: Meta, config: Config) -> Meta:
     """What the training rows taught, as weights from elsewhere expect it."""
     if config.pretrained and learnt["channels"] == 3:
-        return learnt | PUBLISHED
+        return learnt | IMAGENET_STATISTICS
     if not config.init:
         return learnt
-    old = load_ancestor(config.init, TASKS[config.task].kind)["meta"]
+    old = load_init(config.init, TASKS[config.task].kind)["meta"]
     if "vocabulary" in learnt:
         words = {**dict.fromkeys(old["vocabulary"]), **dict.fromkeys(learnt["vocabulary"])}
         return learnt | {"vocabulary": list(words), "pairs": old["pairs"]}
@@ -3637,7 +3660,7 @@ def initialize_weights(model: nn.Module, config: Config, classes: list[str]) -> 
     if config.pretrained:
         weights, known, source = load_published(config), [], "published weights"
     else:
-        saved = load_ancestor(config.init, TASKS[config.task].kind)
+        saved = load_init(config.init, TASKS[config.task].kind)
         weights, known = saved["weights"], saved["meta"]["classes"]
         source = f"the weights of {config.init}"
     device = next(model.parameters()).device
@@ -3651,9 +3674,9 @@ def initialize_weights(model: nn.Module, config: Config, classes: list[str]) -> 
     return f"{source}; {sum(name in known for name in classes)} of {len(classes)} classes known"
 
 
-def settings_of_ancestor(init: str, task: Task, given: dict[str, Any]) -> dict[str, Any]:
+def settings_of_init(init: str, task: Task, given: dict[str, Any]) -> dict[str, Any]:
     """What the weights of --init fix: the network, and what it reads."""
-    meta = load_ancestor(init, task.kind)["meta"]
+    meta = load_init(init, task.kind)["meta"]
     fixed = {key: meta[key] for key in ("model", "width")}
     for key, value in fixed.items():
         if given.get(key, value) != value:
@@ -3718,7 +3741,7 @@ def require(purpose: str, *packages: str) -> None:
                          f"{python} -m pip install {' '.join(packages)}")
 
 
-def count(n: int, one: str, many: str = "") -> str:
+def plural(n: int, one: str, many: str = "") -> str:
     """3 mistakes, 1 mistake."""
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
@@ -4086,7 +4109,7 @@ class SpeedEstimate:
     predict: float
     figure: float = 0.5
 
-    def work(self, config: Config) -> float:
+    def relative_cost(self, config: Config) -> float:
         """How much more arithmetic a sample takes with other settings."""
         wider = (config.width / self.config.width) ** 1.75
         return wider * config.max_tokens / self.config.max_tokens
@@ -4100,15 +4123,18 @@ class SpeedEstimate:
         training = self.train * samples + self.predict * val * views * config.epochs
         training *= (1 - done / config.epochs) * (1 + config.folds)
         closing = self.predict * (test * views + min(train, TRAIN_SAMPLES_MEASURED))
-        seconds = (training + closing) * self.work(config) + self.figure * 10
+        seconds = (training + closing) * self.relative_cost(config) + self.figure * 10
         if config.report == "full":
             seconds += self.full_report(data, config)
-        return seconds if started else seconds + data.samples.extra_seconds(data, unlabelled)[0]
+        if started:
+            return seconds
+        return seconds + data.samples.estimate_extra_seconds(data, unlabelled)[0]
 
     def full_report(self, data: Dataset, config: Config) -> float:
         """What a full report takes beyond a minimal one."""
-        tests = self.predict * data.samples.tested * data.samples.test_cost * self.work(config)
-        return data.samples.extra_seconds(data, 0)[1] + tests + self.figure * 6
+        tests = self.predict * data.samples.tested * data.samples.test_cost
+        tests *= self.relative_cost(config)
+        return data.samples.estimate_extra_seconds(data, 0)[1] + tests + self.figure * 6
 
 
 def measure_speed(data: Dataset, config: Config, machine: Machine) -> SpeedEstimate:
@@ -4719,7 +4745,7 @@ def has_learned(m: Meta) -> bool:
 def say_result(m: Meta) -> str:
     """The headline."""
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
-    tested = count(m["test_samples"], "test sample")
+    tested = plural(m["test_samples"], "test sample")
     text = f"Right on {m['test_accuracy']:.2%} of {tested} ({sides})."
     return text if has_learned(m) else text + (
         " Nothing learned: that is not shown to be better than always saying the commonest class.")
@@ -4754,14 +4780,16 @@ def say_curves(history: pd.DataFrame, best_epoch: int) -> str:
     return text
 
 
-def say_confusions(found: Evaluation) -> str:
+def say_confusions(evaluation: Evaluation) -> str:
     """The commonest mistakes."""
-    if not len(found.mistakes):
-        return f"Not one mistake among {count(len(found.y), 'test sample')}."
-    pairs = [f"{found.classes[a]} taken for {found.classes[b]} ({n:,} of {found.matrix[a].sum():,})"
-             for a, b, n in confused_pairs(found.matrix)]
-    return (f"{count(len(found.mistakes), 'mistake')} among {len(found.y):,} test samples. "
-            f"Commonest: {', '.join(pairs)}.")
+    if not len(evaluation.mistakes):
+        return f"Not one mistake among {plural(len(evaluation.y), 'test sample')}."
+    classes, matrix = evaluation.classes, evaluation.matrix
+    pairs = [f"{classes[a]} taken for {classes[b]} ({n:,} of {matrix[a].sum():,})"
+             for a, b, n in confused_pairs(matrix)]
+    mistakes = plural(len(evaluation.mistakes), "mistake")
+    return (f"{mistakes} among {len(evaluation.y):,} test samples. Commonest: "
+            f"{', '.join(pairs)}.")
 
 
 def say_calibration(m: Meta) -> str:
@@ -4794,10 +4822,10 @@ def say_explanation(m: Meta, name: str) -> str:
             f"{', '.join(gains)}.")
 
 
-def say_issues(m: Meta, found: Evaluation) -> list[str]:
+def say_issues(m: Meta, evaluation: Evaluation) -> list[str]:
     """What is wrong with the data, one sentence each."""
-    rows = torch.cat((found.data.parts["train"], found.data.parts["val"]))
-    times = found.data.labels[rows].bincount(minlength=len(found.classes))
+    rows = torch.cat((evaluation.data.parts["train"], evaluation.data.parts["val"]))
+    times = evaluation.data.labels[rows].bincount(minlength=len(evaluation.classes))
     said = [f"Training samples a class: {times.min():,} to {times.max():,}.",
             f"Empty samples: {m['empty_samples']:,}. Suspect labels: {m['suspect_labels']:,}, by a "
             "network that had not learnt from them; it may be the network that errs.",
@@ -4812,7 +4840,7 @@ def say_issues(m: Meta, found: Evaluation) -> list[str]:
                     "about new ones." if without is None else
                     f"Without what repeats training samples the test accuracy is {without:.2%}.")
     if m["skipped"]:
-        said.append(f"{count(m['skipped'], 'file or line', 'files or lines')} could not be used: "
+        said.append(f"{plural(m['skipped'], 'file or line', 'files or lines')} could not be used: "
                     "skipped.csv says which and why.")
     return said
 
@@ -4820,7 +4848,7 @@ def say_issues(m: Meta, found: Evaluation) -> list[str]:
 def say_skipped(skipped: Sequence[tuple[str, str]]) -> str:
     """How many could not be used, and why, the commonest reasons first."""
     reasons = Counter(re.sub(r"\s*\(.*\)$", "", why) for _, why in skipped).most_common(4)
-    return (f"{count(len(skipped), 'sample')} that could not be used: "
+    return (f"{plural(len(skipped), 'sample')} that could not be used: "
             + ", ".join(f"{n:,} {why}" for why, n in reasons) + " ..." * (len(reasons) == 4))
 
 
@@ -4834,7 +4862,7 @@ def say_folds(m: Meta) -> str:
 # -- one run -------------------------------------------------------------------------------------
 
 # What a table calls it -> the keys of metrics.json and how a person reads them.
-RESULT = {
+RESULT_FORMATS = {
     "network": "{model}, {parameters:,} parameters", "data": "{dataset}",
     "epochs": "{epochs}, with the weights of epoch {best_epoch}",
     "samples": "{train_samples:,} training, {val_samples:,} validation, {test_samples:,} test",
@@ -4845,7 +4873,7 @@ RESULT = {
                 "{test_macro_f1_high:.3f}, bootstrap)",
     "AUC, mean of one class against the rest": "{test_auc:.3f}",
     "true class among the first two": "{test_top2_accuracy:.2%}"}
-COST = {
+COST_FORMATS = {
     "time in all": "{seconds_total:,.0f} s, {seconds_training:,.0f} s of it training",
     "training speed": "{samples_per_second:,.0f} samples/s, validation included",
     "one prediction": "{latency_ms:.2f} ms, {multiply_adds:,} multiply-adds",
@@ -4862,34 +4890,34 @@ def facts_block(caption: str, facts: dict[str, str], m: Meta) -> Block:
     return table_block(caption, said)
 
 
-def write_report(folder: Path, found: Evaluation, maps: dict[str, Block]) -> None:
+def write_report(folder: Path, evaluation: Evaluation, maps: dict[str, Block]) -> None:
     """report.html: the whole run on one page."""
-    m, settings = found.metrics, read_json(folder / "config.json")
+    m, settings = evaluation.metrics, read_json(folder / "config.json")
     command = f"{this_command()} --config {quoted(folder / 'config.json')}"
     exact = {key.replace("_", "-"): m[key] for key in m if key in versions() or "_sha256" in key}
 
     def figure(name: str, finding: str) -> Block | None:
         return figure_block(folder / f"{name}.png", finding)
 
-    write_sections(folder / "report.html", found.title, {
+    write_sections(folder / "report.html", evaluation.title, {
         "Result": [
             text_block(say_result(m), style="headline"),
             text_block(*(f"Baseline: {line}." for line in say_baselines(m)), say_gap(m)),
-            facts_block("In numbers", RESULT, m)],
+            facts_block("In numbers", RESULT_FORMATS, m)],
         "The training": [
-            figure("training_curves", say_curves(found.history, m["best_epoch"])),
+            figure("training_curves", say_curves(evaluation.history, m["best_epoch"])),
             figure("folds", f"Cross-validation with {m['folds']} folds, accuracy {say_folds(m)}."
-                   if found.folds else "")],
-        "Where it errs": report_errors(folder, found),
+                   if evaluation.folds else "")],
+        "Where it errs": report_errors(folder, evaluation),
         "Can its confidence be trusted?": [figure("reliability", say_calibration(m))],
         "Why it decides so": [
-            *report_reasons(m, maps),
+            *report_explanations(m, maps),
             figure("deletion", "How fast the prediction fades while what is marked is deleted.")],
         "The data's own faults": [
-            text_block(*say_issues(m, found)),
+            text_block(*say_issues(m, evaluation)),
             figure("suspects", "The training labels that it doubts most; all are in faults.csv."),
             figure("near_repeats", "Test samples beside the training samples they nearly repeat.")],
-        "What it cost": [facts_block("Time, size and memory", COST, m)],
+        "What it cost": [facts_block("Time, size and memory", COST_FORMATS, m)],
         "How to repeat it": [
             text_block(command, style="code"),
             table_block("Settings", {flag_name(key): str(settings[key]) for key in settings}),
@@ -4897,19 +4925,19 @@ def write_report(folder: Path, found: Evaluation, maps: dict[str, Block]) -> Non
         [m["dataset"]] if m["stand_in"] else [], m.get("ended", ""))
 
 
-def report_errors(folder: Path, found: Evaluation) -> list[Block | None]:
+def report_errors(folder: Path, evaluation: Evaluation) -> list[Block | None]:
     """Where it errs."""
     worst = [f"Its surest mistakes; the surest of all: {v.predicted} {v.confidence:.0%} "
-             f"(true: {v.true})." for v in verdicts(found, found.mistakes[:1])]
+             f"(true: {v.true})." for v in verdicts(evaluation, evaluation.mistakes[:1])]
     return [
-        figure_block(folder / "confusion_matrix_norm.png", say_confusions(found)),
+        figure_block(folder / "confusion_matrix_norm.png", say_confusions(evaluation)),
         figure_block(folder / "confusion_matrix.png", "The same in numbers of samples."),
-        table_block("Each class", found.by_class),
+        table_block("Each class", evaluation.by_class),
         figure_block(folder / "mistakes.png", "".join(worst)),
         figure_block(folder / "sample_predictions.png", "Test samples drawn at random.")]
 
 
-def report_reasons(m: Meta, maps: dict[str, Block]) -> list[Block]:
+def report_explanations(m: Meta, maps: dict[str, Block]) -> list[Block]:
     """Why it decides so, and whether the explanations can be trusted."""
     blocks = []
     for name, block in maps.items():
@@ -4921,7 +4949,7 @@ def report_reasons(m: Meta, maps: dict[str, Block]) -> list[Block]:
 
 # -- several runs --------------------------------------------------------------------------------
 
-COMPARED = {  # column of comparison.csv -> how a person reads it
+COMPARED_FORMATS = {  # column of comparison.csv -> how a person reads it
     "label": "{}", "dataset": "{}", "test_accuracy": "{:.2%}", "test_accuracy_low": "{:.2%}",
     "test_accuracy_high": "{:.2%}", "train_accuracy": "{:.2%}", "parameters": "{:,}",
     "multiply_adds": "{:,}", "seconds_training": "{:.1f}", "samples_per_second": "{:,.0f}",
@@ -4943,7 +4971,7 @@ def say_verdicts(runs: pd.DataFrame, right: dict[str, np.ndarray]) -> list[str]:
     said, won_by_best = [], 0
     for (a, b), alone, corrected in zip(pairs, p, holm(p), strict=True):
         one, two = torch.from_numpy(right[a.label]), torch.from_numpy(right[b.label])
-        gain = measure_gain(one, two, "other")
+        gain = paired_gain(one, two, "other")
         better = corrected < 0.05 and gain["other_gain_low"] > 0
         won_by_best += better and a is ranked[0]
         verdict = (f"{a.label} is better than {b.label}" if better else
@@ -4972,7 +5000,7 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
         # Equal for runs that were tested on the same samples, which can be compared in pairs.
         metrics["test"] = hash((metrics["dataset"], *tested["row"], *tested["true"]))
         metrics["kind"] = TASKS[metrics["task"]].kind
-        if missing := {*COMPARED, "model"} - {"label"} - metrics.keys():
+        if missing := {*COMPARED_FORMATS, "model"} - {"label"} - metrics.keys():
             raise ValueError(f"{min(missing)} is missing")
         return metrics, tested["correct"].to_numpy(bool), history
     except (OSError, KeyError, ValueError, TypeError) as problem:
@@ -4996,11 +5024,11 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
     report = fresh_path(output_dir / "comparison.md", lambda path: path.open("x").close())
     picture, curves = report.with_suffix(".png"), report.with_name(f"{report.stem}_curves.png")
     title = f"{len(runs)} runs compared: {', '.join(dict.fromkeys(runs['dataset']))}"
-    write_csv(report.with_suffix(".csv"), runs[[*COMPARED]])
+    write_csv(report.with_suffix(".csv"), runs[[*COMPARED_FORMATS]])
     plot_comparison(runs, picture, title)
     plot_histories(dict(zip(labels, histories, strict=True)), curves, title)
     head, *rows = ([key.replace("_", " "), *runs[key].map(form.format)]
-                   for key, form in COMPARED.items())
+                   for key, form in COMPARED_FORMATS.items())
     rows.append(["folder", *map(str, folders)])
     lines = [head, ["---"] * len(head), *rows]
     write_text(report, "\n".join([
@@ -5022,7 +5050,7 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
 # ================================================================================================
 
 
-RUN_BYTES = 100_000_000  # what a run folder may come to hold: figures, and twice the weights
+RUN_BYTES = 100_000_000  # figures, tables, model.pt, and a checkpoint with its temporary copy
 
 
 def check_room(place: Path) -> None:
@@ -5072,11 +5100,11 @@ def make_run_folder(path: Path, config: Config) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def folder_name(config: Config, slug: str) -> str:
-    """What a run of this task is called, and with which data, where it is not the official one."""
+def folder_name(config: Config, stand_in_slug: str) -> str:
+    """A run's folder: the task; behind it which data, unless it is the task's official data."""
     own = TASKS[config.task].read_own
     source = re.sub(r"\W+", "-", Path(config.data).stem).strip("-") if own else ""
-    return "-".join(filter(None, (config.task, slug, source, "dry-run" * config.dry_run)))
+    return "-".join(filter(None, (config.task, stand_in_slug, source, "dry-run" * config.dry_run)))
 
 
 def this_command() -> str:
@@ -5132,48 +5160,52 @@ def write_progress(folder: Path, state: TrainState, title: str, least_seconds: f
         plot_curves(history, int(state.best["epoch"]), picture, title)
 
 
-def write_tables(folder: Path, found: Evaluation) -> None:
+def write_tables(folder: Path, evaluation: Evaluation) -> None:
     """predictions.csv, classes.csv, faults.csv, and scikit-learn's own report."""
-    write_csv(folder / "predictions.csv", found.predictions, float_format="%.6f")
-    write_csv(folder / "classes.csv", found.by_class)
-    write_csv(folder / "faults.csv", found.named_issues)
+    write_csv(folder / "predictions.csv", evaluation.predictions, float_format="%.6f")
+    write_csv(folder / "classes.csv", evaluation.by_class)
+    write_csv(folder / "faults.csv", evaluation.named_issues)
     text = skmetrics.classification_report(
-        found.y, found.predicted, labels=range(len(found.classes)), target_names=found.classes,
-        digits=4, zero_division=0)
-    write_text(folder / "classification_report.txt", f"{found.title}\n\n{text}")
+        evaluation.y, evaluation.predicted, labels=range(len(evaluation.classes)),
+        target_names=evaluation.classes, digits=4, zero_division=0)
+    write_text(folder / "classification_report.txt", f"{evaluation.title}\n\n{text}")
 
 
-def verdicts(found: Evaluation, where: Tensor) -> list[Verdict]:
+def verdicts(evaluation: Evaluation, where: Tensor) -> list[Verdict]:
     """What the model said about these test samples."""
-    return [Verdict(found.classes[found.y[i]], found.classes[found.predicted[i]],
-                    float(found.confidence[i])) for i in where.tolist()]
+    names = evaluation.classes
+    return [Verdict(names[evaluation.y[i]], names[evaluation.predicted[i]],
+                    float(evaluation.confidence[i])) for i in where.tolist()]
 
 
-def write_figures(folder: Path, model: nn.Module, found: Evaluation) -> dict[str, Block]:
+def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dict[str, Block]:
     """Every figure but the curves; returns the explanations as the report shows them."""
-    title, samples, name = found.title, found.data.samples, found.data.name
+    title, samples, name = evaluation.title, evaluation.data.samples, evaluation.data.name
     many, few, worst = samples.shown
-    for old in ("mistakes", "suspects", "near_repeats"):  # a resumed run may have none any more
+    # A resumed run may have none of these any more.
+    for old in ("mistakes", "suspects", "near_repeats", "deletion"):
         (folder / f"{old}.png").unlink(missing_ok=True)
-    plot_confusion(found.matrix, found.classes, folder / "confusion_matrix.png", title, False)
-    plot_confusion(found.matrix, found.classes, folder / "confusion_matrix_norm.png", title, True)
-    plot_reliability(calibration_bins(probabilities(found.logits, 1.0), found.y),
-                     calibration_bins(found.shares, found.y), folder / "reliability.png", title)
-    if found.deletion:
-        plot_deletion(found.deletion, folder / "deletion.png", title)
-    if found.folds:
-        plot_histories(found.folds, folder / "folds.png", f"{name}, the folds")
+    matrix, classes = evaluation.matrix, evaluation.classes
+    plot_confusion(matrix, classes, folder / "confusion_matrix.png", title, normalise=False)
+    plot_confusion(matrix, classes, folder / "confusion_matrix_norm.png", title, normalise=True)
+    plot_reliability(calibration_bins(probabilities(evaluation.logits, 1.0), evaluation.y),
+                     calibration_bins(evaluation.probs, evaluation.y),
+                     folder / "reliability.png", title)
+    if evaluation.deletion:
+        plot_deletion(evaluation.deletion, folder / "deletion.png", title)
+    if evaluation.folds:
+        plot_histories(evaluation.folds, folder / "folds.png", f"{name}, the folds")
 
     def show(picture: str, rows: Any, captions: list[Verdict], heading: str) -> None:
         if len(captions):
             samples.plot_samples(torch.as_tensor(rows), captions, folder / picture, heading)
 
-    some, mistakes = found.draw(many, seed=1), found.mistakes[:many]
-    show("sample_predictions.png", found.rows[some], verdicts(found, some),
+    some, mistakes = evaluation.random_rows(many, seed=1), evaluation.mistakes[:many]
+    show("sample_predictions.png", evaluation.rows[some], verdicts(evaluation, some),
          f"{title}\ntest samples drawn at random")
-    show("mistakes.png", found.rows[mistakes], verdicts(found, mistakes),
-         f"{title}\nits surest mistakes: {len(mistakes)} of {len(found.mistakes):,}")
-    issues = found.named_issues
+    show("mistakes.png", evaluation.rows[mistakes], verdicts(evaluation, mistakes),
+         f"{title}\nits surest mistakes: {len(mistakes)} of {len(evaluation.mistakes):,}")
+    issues = evaluation.named_issues
     doubts = issues[issues["fault"] == "suspect label"][:many]
     show("suspects.png", doubts["row"].tolist(),
          [Verdict(row.label, row.other_class, row.value, "label") for row in doubts.itertuples()],
@@ -5184,25 +5216,31 @@ def write_figures(folder: Path, model: nn.Module, found: Evaluation) -> dict[str
         (row.other_row, Verdict(f"training:\n{row.other_class}")))]
     show("near_repeats.png", [row for row, _ in pairs], [verdict for _, verdict in pairs],
          f"{name}\ntest samples beside the training samples that they nearly repeat")
-    return explain_some(folder, model, found, few, worst)
+    return explain_some(folder, model, evaluation, few, worst)
 
 
-def explain_some(folder: Path, model: nn.Module, found: Evaluation, few: int,
+def explain_some(folder: Path, model: nn.Module, evaluation: Evaluation, few: int,
                  worst: int) -> dict[str, Block]:
     """Some test samples and the surest mistakes, explained for the predicted and the true class."""
-    samples, some = found.data.samples, torch.cat((found.draw(few, seed=2), found.mistakes[:worst]))
-    shown = f"{min(few, len(found.y))} test samples at random"
-    if len(found.mistakes):
-        shown += f", then the surest {count(len(found.mistakes[:worst]), 'mistake')}"
-    x, device = samples.batch(found.rows[some]), next(model.parameters()).device
-    labels = [side[some].to(device) for side in (found.predicted, found.y)]
-    names = [[found.classes[k] for k in dict.fromkeys(pair)]
-             for pair in torch.stack(labels, 1).tolist()]
-    maps = [samples.explain(model, x, label) for label in labels]
-    return {name: samples.write_maps(
-        found.rows[some], verdicts(found, some), names, torch.stack([each[name] for each in maps]),
-        folder / name, f"{found.title}\n{': '.join(EXPLANATIONS[name])}\n{shown}")
-        for name in maps[0]}
+    samples = evaluation.data.samples
+    some = torch.cat((evaluation.random_rows(few, seed=2), evaluation.mistakes[:worst]))
+    shown = f"{min(few, len(evaluation.y))} test samples at random"
+    if len(evaluation.mistakes):
+        shown += f", then the surest {plural(len(evaluation.mistakes[:worst]), 'mistake')}"
+    x, device = samples.batch(evaluation.rows[some]), next(model.parameters()).device
+    predicted, true = evaluation.predicted[some], evaluation.y[some]
+    # One map where both classes are the same.
+    names = [[evaluation.classes[k] for k in dict.fromkeys(pair)]
+             for pair in zip(predicted.tolist(), true.tolist(), strict=True)]
+    for_predicted = samples.explain(model, x, predicted.to(device))
+    for_true = samples.explain(model, x, true.to(device))
+    blocks = {}
+    for name in for_predicted:
+        title = f"{evaluation.title}\n{': '.join(EXPLANATIONS[name])}\n{shown}"
+        maps = torch.stack((for_predicted[name], for_true[name]))
+        blocks[name] = samples.write_maps(evaluation.rows[some], verdicts(evaluation, some), names,
+                                          maps, folder / name, title)
+    return blocks
 
 
 class TensorBoard:
@@ -5230,22 +5268,23 @@ class TensorBoard:
 # -- from flags to a network before its first step -------------------------------------------------
 
 
-def load_all(given: Meta, saved: Meta, log: Log,
+def resolve_config_and_data(given: Meta, saved: Meta, log: Log,
              group: DistributedContext) -> tuple[Config, Machine, RawData]:
     """A device, a data set as it comes, and the settings that suit both."""
     config = resolve_config(given, saved)
     machine = start_machine(config, group)
     raw = load_in_all_processes(config, log, group)
     side = np.shape(raw.x[:1])[-1] if TASKS[config.task].kind == "image" else 0
-    config = resolve_config(given, saved, stand_in=bool(raw.slug), size=(raw.n_train, side))
-    source = resolved_source(config, bool(raw.slug))
+    stand_in = bool(raw.stand_in_slug)
+    config = resolve_config(given, saved, stand_in=stand_in, size=(raw.n_train, side))
+    source = resolved_source(config, stand_in)
     return replace(config, data=source, precision=machine.precision), machine, raw
 
 
 def prepare(given: Meta, saved: Meta, log: Log, group: DistributedContext,
             budget: TimeBudget) -> tuple[Config, Machine, RawData, Dataset]:
     """Data on the device, and settings of which nothing is left open."""
-    config, machine, raw = load_all(given, saved, log, group)
+    config, machine, raw = resolve_config_and_data(given, saved, log, group)
     if config.budget and not config.dry_run:
         budget.seconds = parse_seconds(config.budget)
         config = replace(config, **fit_to_budget(raw, config, machine, given, budget))
@@ -5341,7 +5380,7 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
         config, machine, raw, data = prepare(given, saved, log, group, budget)
         state, said = start_training(data, config, machine)
         if group.is_leader and not into:
-            into = fresh_path(Path(config.output_dir) / folder_name(config, data.slug),
+            into = fresh_path(Path(config.output_dir) / folder_name(config, data.stand_in_slug),
                               lambda path: make_run_folder(path, config))
             held.enter_context(run_lock(into))
         folder = group.broadcast(into)
@@ -5354,25 +5393,25 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
             budget.seconds = 0.0 if "epochs" in given else state.budget
         state.budget = budget.seconds
         run = Run(folder, raw, state, Context(config, data, machine, checkpointer), budget, log)
-        run.context.on_epoch = functools.partial(after_epoch, run)
+        run.context.on_epoch = functools.partial(log_epoch, run)
         if config.tensorboard and group.is_leader:
             run.tensorboard = TensorBoard(folder / "tensorboard", state.epoch)
             held.callback(run.tensorboard.writer.close)
-        announce(run, said, resumed)
+        print_start(run, said, resumed)
         train_and_report(run)
         if group.is_leader:
-            conclude(run)
+            print_summary(run)
     return folder
 
 
-def announce(run: Run, said: str, resumed: bool) -> None:
+def print_start(run: Run, said: str, resumed: bool) -> None:
     """Say what begins here, and note it in the folder."""
     config, data, state, log = run.config, run.context.data, run.state, run.log
     machine, skipped = run.context.machine, run.raw.skipped
     parameters = sum(p.numel() for p in state.model.parameters())
     run.metrics = {
         "task": config.task, "model": config.model, "dataset": data.name,
-        "stand_in": bool(data.slug), "seed": config.seed, "device": machine.describe(),
+        "stand_in": bool(data.stand_in_slug), "seed": config.seed, "device": machine.describe(),
         "precision": machine.precision, "parameters": parameters, "processes": machine.group.size,
         **versions(), **data.facts(), "skipped": len(skipped), "status": "running",
         "seconds_setup": round(run.budget.spent - run.budget.before, 2),
@@ -5395,7 +5434,7 @@ def announce(run: Run, said: str, resumed: bool) -> None:
             log(f"{head:8}{line}")
 
 
-def after_epoch(run: Run, state: TrainState) -> int:
+def log_epoch(run: Run, state: TrainState) -> int:
     """A line, the curves, and how many epochs there is time for."""
     config, data, row = run.config, run.context.data, state.history[-1]
     epochs = run.budget.affordable_epochs(data, config, state)
@@ -5427,7 +5466,8 @@ def train_and_report(run: Run) -> None:
             held_out = cross_validate(run)
         fit(state, run.context)
         interrupt.deferring = False
-        finish(run, held_out or HeldOut(run.context.data.parts["val"], state.best_logits))
+        held_out = held_out or HeldOut(run.context.data.parts["val"], state.best_logits)
+        evaluate_and_write(run, held_out)
         status = "finished"
     except (Interrupted, Diverged) as problem:
         interrupt.deferring = False
@@ -5435,12 +5475,12 @@ def train_and_report(run: Run) -> None:
         raise
     finally:
         interrupt.deferring = False
-        if interrupt.requested or interrupt.raised:
+        if status != "finished" and (interrupt.requested or interrupt.raised):
             status = "interrupted"
         run.metrics["status"] = status
         run.write_metrics()
         if status != "finished":
-            run.log(f"\nStopped after {state.progress}, of {count(run.config.epochs, 'epoch')}. "
+            run.log(f"\nStopped after {state.progress}, of {plural(run.config.epochs, 'epoch')}. "
                     f"Continue with:\n  {this_command()} --resume {quoted(run.folder)}")
 
 
@@ -5479,31 +5519,32 @@ def report_what_there_is(run: Run, how: str) -> None:
     epoch, step = state.epoch, state.step
     if config.folds or not (state.best or (state.seen and how == "interrupted")):
         return  # without validation nothing can be fitted, without a sound epoch nothing shown
-    run.metrics["ended"] = (f"{how} in epoch {epoch + 1} of {config.epochs}, after "
-                            f"{count(step, 'step')}" if step else
-                            f"{how} after {epoch} of {count(config.epochs, 'epoch')}")
+    place = f"after {epoch} of {plural(config.epochs, 'epoch')}"
+    if step:
+        place = f"in epoch {epoch + 1} of {config.epochs}, after {plural(step, 'step')}"
+    run.metrics["ended"] = f"{how} {place}"
     if not state.best:
         close_epoch(state, run.context)  # a part of an epoch, not saved: for the report alone
     run.context.config = replace(config, report="minimal")
-    finish(run, HeldOut(run.context.data.parts["val"], state.best_logits))
+    evaluate_and_write(run, HeldOut(run.context.data.parts["val"], state.best_logits))
     run.log(f"\nReport of what there is: {(run.folder / 'report.html').resolve()}")
     state.epoch, state.step = epoch, step
 
 
-def finish(run: Run, held_out: HeldOut) -> None:
+def evaluate_and_write(run: Run, held_out: HeldOut) -> None:
     """Everything after the training: it is the leader's."""
     if not run.context.machine.group.is_leader:
         return
-    found = evaluate_run(run, held_out)
+    evaluation = evaluate_run(run, held_out)
     started = time.perf_counter()
-    add_beliefs(run, found, held_out)
-    write_progress(run.folder, run.state, found.title)
-    write_tables(run.folder, found)
-    maps = write_figures(run.folder, run.state.model, found)
+    add_checks(run, evaluation, held_out)
+    write_progress(run.folder, run.state, evaluation.title)
+    write_tables(run.folder, evaluation)
+    maps = write_figures(run.folder, run.state.model, evaluation)
     run.metrics |= {"peak_memory_mb": peak_memory_mb(run.context.machine),
                     "seconds_report": round(time.perf_counter() - started, 2)}
     run.metrics["seconds_total"] = round(run.budget.spent, 2)
-    write_report(run.folder, found, maps)
+    write_report(run.folder, evaluation, maps)
 
 
 def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
@@ -5519,18 +5560,18 @@ def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
     seen = measure(predict_logits(state.model, data.samples, some, machine), data.labels[some],
                    temperature)
     unseen = measure(held_out.logits, truth, temperature)
-    # Here the test part is read, for the first and only time.
+    # Only here, after the training, does a network meet the test part.
     logits, y = predict_logits(state.model, data.samples, test, machine), data.labels[test]
     sure = probabilities(logits, temperature).amax(1)
-    data.meta["reference"] = summarize({**data.samples.statistics(test), "confidence": sure})
+    data.meta["reference"] = quantiles_of({**data.samples.statistics(test), "confidence": sure})
     save_file(run.folder / "model.pt", {"format": MODEL_FORMAT, "meta": data.meta,
                                         "weights": state.best_weights})
     commonest = int(data.labels[rows].bincount().argmax())
     m |= {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]), "temperature": temperature,
-          **{f"{part}_{key}": numbers[f"test_{key}"] for part, numbers in (
-              ("train", seen), ("val", unseen)) for key in ("accuracy", "loss")},
+          "train_accuracy": seen["test_accuracy"], "train_loss": seen["test_loss"],
+          "val_accuracy": unseen["test_accuracy"], "val_loss": unseen["test_loss"],
           **measure(logits, y, temperature),
-          **measure_gain(logits.argmax(1) == y, y == commonest, "commonest"),
+          **paired_gain(logits.argmax(1) == y, y == commonest, "commonest"),
           **measure_cost(state, data, machine),
           "model_mb": round((run.folder / "model.pt").stat().st_size / 2**20, 3),
           "seconds_training": round(state.seconds, 2), "seconds_data": round(state.seconds_data, 2)}
@@ -5541,33 +5582,34 @@ def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
     return Evaluation(m, data, pd.DataFrame(state.history), logits, folds=held_out.histories)
 
 
-def add_beliefs(run: Run, found: Evaluation, held_out: HeldOut) -> None:
+def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut) -> None:
     """What makes numbers believable: issues of the data, baseline, tests of the explanations."""
-    data, m, model, full = found.data, found.metrics, run.state.model, run.config.report == "full"
+    data, m, model = evaluation.data, evaluation.metrics, run.state.model
+    full = run.config.report == "full"
     samples, temperature = data.samples, data.meta["temperature"]
-    prints = {part: samples.identities(data.parts[part]) for part in PARTS}
-    m |= {f"{part}_content_sha256": short_hash(b"".join(prints[part])) for part in PARTS}
-    issues = find_repeats(data, prints)
+    fingerprints = {part: samples.identities(data.parts[part]) for part in PARTS}
+    m |= {f"{part}_content_sha256": short_hash(b"".join(fingerprints[part])) for part in PARTS}
+    issues = find_repeats(data, fingerprints)
     exact = {each["row"] for each in issues}
     issues += find_suspect_labels(held_out.rows, data.labels[held_out.rows],
                                   probabilities(held_out.logits, temperature))
     issues += [issue("empty", part, row, int(data.labels[row])) for part in PARTS
-               for row in samples.empty(data.parts[part]).tolist()]
+               for row in samples.blank_rows(data.parts[part]).tolist()]
     if full:
         issues += find_near_repeats(data, exact)
         m["baseline"], rival = samples.baseline(data)
-        m |= measure_gain(found.right, rival == found.y, "baseline")
+        m |= paired_gain(evaluation.right, rival == evaluation.y, "baseline")
         torch.manual_seed(run.config.seed)
         untrained = place_model(build_model(data.meta), run.context.machine)
-        some = found.rows[found.draw(samples.tested, seed=3)]
-        found.deletion = deletion_curves(model, untrained, samples, some, temperature)
-        m |= measure_explanations(found.deletion)
-    found.issues = pd.DataFrame(issues, columns=[*issue("", "", 0, 0)])
-    m |= {key: value for key, value in measure_issues(data, found.issues, found.right).items()
-          if full or "near_repeats" not in key}
+        some = evaluation.rows[evaluation.random_rows(samples.tested, seed=3)]
+        evaluation.deletion = deletion_curves(model, untrained, samples, some, temperature)
+        m |= measure_explanations(evaluation.deletion)
+    evaluation.issues = pd.DataFrame(issues, columns=[*issue("", "", 0, 0)])
+    counted = measure_issues(data, evaluation.issues, evaluation.right)
+    m |= {key: counted[key] for key in counted if full or "near_repeats" not in key}
 
 
-def conclude(run: Run) -> None:
+def print_summary(run: Run) -> None:
     """The last lines: the result, where it is, and what one would do next."""
     m, data, folder, blank = run.metrics, run.context.data, run.folder, " " * 14
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
@@ -5578,7 +5620,7 @@ def conclude(run: Run) -> None:
         lines.append(f"{blank}every test sample stands in the training part too: this says nothing "
                      "about new ones")
     elif m["test_repeats"]:
-        lines.append(f"{blank}{without:.2%} without the {count(m['test_repeats'], 'test sample')} "
+        lines.append(f"{blank}{without:.2%} without the {plural(m['test_repeats'], 'test sample')} "
                      "also found in the training part")
     simplest, *others = say_baselines(m)
     lines += [] if has_learned(m) else [f"{blank}nothing learned: {simplest}"]
@@ -5589,7 +5631,7 @@ def conclude(run: Run) -> None:
               f"Report        {(folder / 'report.html').resolve()}",
               f"Next          {this_command()} --predict {data.samples.example} --run "
               f"{quoted(folder)}"]
-    lines += [f"Note          trained on {data.name}"] if data.slug else []
+    lines += [f"Note          trained on {data.name}"] if data.stand_in_slug else []
     run.log("\n".join(lines))
 
 
@@ -5663,8 +5705,8 @@ def resume(run: Path, given: Meta, log: Log) -> None:
             raise UsageError(f"{run} has finished its {done} epochs; give more --epochs to train "
                              "it further")
         if 0 < given.get("patience", saved["patience"]) <= stale:
-            raise UsageError(f"{run} ended for want of patience; give --patience 0 to train it "
-                             "further")
+            raise UsageError(f"{run} was stopped early by --patience; give --patience 0 to train "
+                             "it further")
     train_run(given, log, saved, run)
 
 
@@ -5708,25 +5750,25 @@ class Predictor:
         self.seen: dict[str, list[Tensor]] = defaultdict(list)  # statistics, for the drift
 
     def pack(self, samples: Sequence[Any]) -> Samples:
-        """Samples as `kind.open` gives them, ready to be cut into batches."""
+        """Samples as `kind.read_inputs` gives them, ready to be cut into batches."""
         return self.kind(self.kind.pack(samples), self.meta).to(self.machine.device)
 
-    def shares(self, samples: Samples) -> Tensor:
+    def probabilities(self, samples: Samples) -> Tensor:
         """The probability of each class [n, classes], on the CPU."""
         logits = predict_logits(self.model, samples, torch.arange(len(samples)), self.machine)
         return probabilities(logits, self.meta["temperature"])
 
-    def table(self, names: Sequence[str], shares: Tensor) -> pd.DataFrame:
+    def table(self, names: Sequence[str], probs: Tensor) -> pd.DataFrame:
         """A prediction a row."""
-        best = np.array(self.classes, object)[shares.argmax(1)]
-        table = pd.DataFrame({"name": names, "predicted": best, "confidence": shares.amax(1)})
+        best = np.array(self.classes, object)[probs.argmax(1)]
+        table = pd.DataFrame({"name": names, "predicted": best, "confidence": probs.amax(1)})
         columns = [f"p_{label}" for label in self.classes]
-        return table.join(pd.DataFrame(shares.numpy(), columns=columns))
+        return table.join(pd.DataFrame(probs.numpy(), columns=columns))
 
     def predict(self, arguments: Sequence[Any],
                 size: int = 1024) -> Iterator[tuple[Samples, pd.DataFrame]]:
         """Samples and predictions of what these arguments stand for, some at a time."""
-        opened = (pair for each in arguments for pair in self.kind.open(each, self.meta))
+        opened = (pair for each in arguments for pair in self.kind.read_inputs(each, self.meta))
         found = 0
         with progress_bar(0, " inputs") as bar:
             while block := list(itertools.islice(opened, size)):
@@ -5735,12 +5777,12 @@ class Predictor:
                                   if isinstance(why, UnreadableSample)]
                 if good:
                     samples = self.pack([sample for _, sample in good])
-                    shares = self.shares(samples)
+                    probs = self.probabilities(samples)
                     statistics = samples.statistics(torch.arange(len(good)))
-                    for name, values in {**statistics, "confidence": shares.amax(1)}.items():
+                    for name, values in {**statistics, "confidence": probs.amax(1)}.items():
                         self.seen[name].append(values)
                     found += len(good)
-                    yield samples, self.table([name for name, _ in good], shares)
+                    yield samples, self.table([name for name, _ in good], probs)
                 bar.update(len(block))
         if not found:
             nothing = " ".join(map(str, arguments)) or "nothing", "there is nothing to predict"
@@ -5808,7 +5850,7 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         write_csv(output, pd.concat((*tables, problems)), float_format="%.6f")
         times = Counter(label for table in tables for label in table["predicted"])
         listed = ", ".join(f"{n:,} {name}" for name, n in times.most_common(10))
-        log(f"{count(times.total(), 'prediction')}: {listed}{' ...' * (len(times) > 10)}")
+        log(f"{plural(times.total(), 'prediction')}: {listed}{' ...' * (len(times) > 10)}")
         written = [output, *written]
     for name, why in ready.problems[:5]:
         log(f"WARNING  {name}: {why}")
@@ -5824,11 +5866,11 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
 
 def say_prediction(ready: Predictor, samples: Samples, row: int, found: Any) -> str:
     """One prediction in words."""
-    shares = found[[f"p_{label}" for label in ready.classes]].astype(float).nlargest(3)
-    first, *others = (f"{name[2:]} {share:.1%}" for name, share in shares.items())
+    probs = found[[f"p_{label}" for label in ready.classes]].astype(float).nlargest(3)
+    first, *others = (f"{name[2:]} {share:.1%}" for name, share in probs.items())
     name = found["name"] or "(empty)"
     name = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
-    hint = samples.hint(ready.model, row)
+    hint = samples.prediction_note(ready.model, row)
     line = f"{first:20} {'(' + ', '.join(others) + ')':34} {name}"
     return f"{line}\n{'':20} {hint}" if hint else line
 
@@ -5874,7 +5916,7 @@ class Standalone(nn.Module):
         return (logits / self.temperature).softmax(1)
 
 
-def trial_samples(ready: Predictor, n: int = 100) -> Samples:
+def synthetic_samples(ready: Predictor, n: int = 100) -> Samples:
     """Samples to try an exported model on: noise and smooth pictures, or texts of all lengths."""
     random, meta = np.random.default_rng(0), ready.meta
     if ready.kind is ImageData:
@@ -5898,7 +5940,7 @@ def exported_input(samples: Samples, rows: Tensor, meta: Meta) -> Tensor:
 
 def trace_graph(ready: Predictor) -> Any:
     """The whole way from samples to probabilities as a graph, for any number of samples."""
-    x = exported_input(trial_samples(ready, 3), torch.arange(3), ready.meta)
+    x = exported_input(synthetic_samples(ready, 3), torch.arange(3), ready.meta)
     free = {0: torch.export.Dim("batch", min=1, max=2**30)}  # torch 2.6 wants an end
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operation that other programs do not know
@@ -5934,12 +5976,12 @@ def open_graph(form: str, path: Path) -> Callable[[Tensor], Tensor]:
 
 def export_facts(ready: Predictor) -> Meta:
     """All that somebody needs who has nothing but the exported file."""
-    meta, x = ready.meta, exported_input(trial_samples(ready, 3), torch.arange(3), ready.meta)
+    meta, x = ready.meta, exported_input(synthetic_samples(ready, 3), torch.arange(3), ready.meta)
     if ready.kind is ImageData:  # as `read_picture` does it
         name, preparation = "pixels", {
             "side": meta["side"], "channels": meta["channels"], "resize": "bicubic",
             "mode": "L" if meta["channels"] == 1 else "RGB", "crop": "centre",
-            "light_on_dark": meta["paper"], "steps": [
+            "light_on_dark": meta["light_on_dark"], "steps": [
                 "upright by its EXIF data; 16-bit values / 257; transparent on white; to `mode`",
                 "Pillow's ImageOps.fit to `side` x `side`, of a large JPEG after Pillow's draft",
                 "if `light_on_dark` and the median of its four edges is above 127: 255 - x",
@@ -5964,11 +6006,11 @@ def export_facts(ready: Predictor) -> Meta:
 @torch.no_grad()
 def largest_difference(ready: Predictor, network: Callable[[Tensor], Tensor]) -> float:
     """Between the probabilities of the run's own model and the exported one."""
-    samples = trial_samples(ready)
+    samples = synthetic_samples(ready)
     # In batches of several sizes: a graph may have remembered the one it was traced with.
     batches = torch.arange(len(samples)).split([1, 2, 7, len(samples) - 10])
     found = torch.cat([network(exported_input(samples, rows, ready.meta)) for rows in batches])
-    return float((found - ready.shares(samples)).abs().nan_to_num(math.inf).max())
+    return float((found - ready.probabilities(samples)).abs().nan_to_num(math.inf).max())
 
 
 @contextlib.contextmanager
@@ -6145,7 +6187,7 @@ def read_sample(ready: Predictor, content: str, body: bytes) -> Any:
     if not isinstance(sent, bytes | str):
         raise Refused(422, takes)
     try:
-        return ready.kind.receive(sent, ready.meta)
+        return ready.kind.decode_request(sent, ready.meta)
     except UnreadableSample as problem:
         said = re.sub(r" <.*?>", "", str(problem))  # Pillow tells where in memory something was
         raise Refused(422, said) from None
@@ -6154,14 +6196,14 @@ def read_sample(ready: Predictor, content: str, body: bytes) -> Any:
 def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -> Meta:
     """What the model says about the sample in a request's body."""
     samples = ready.pack([read_sample(ready, content, body)])
-    shares = ready.shares(samples)
-    best, rounded = int(shares.argmax()), [round(share, 6) for share in shares[0].tolist()]
+    probs = ready.probabilities(samples)
+    best, rounded = int(probs.argmax()), [round(share, 6) for share in probs[0].tolist()]
     answer = {"run": ready.run.resolve().name, "predicted": ready.classes[best],
               "confidence": rounded[best],
               "probabilities": dict(zip(ready.classes, rounded, strict=True))}
     if explain:
         label = torch.tensor([best], device=ready.machine.device)
-        answer |= samples.answer(ready.model, torch.tensor([0]), label)[0]
+        answer |= samples.explain_for_server(ready.model, torch.tensor([0]), label)[0]
     return answer
 
 
@@ -6353,7 +6395,7 @@ class Search:
         data.samples.to(self.machine.device)
         state, _ = start_training(data, config, self.machine)
         context = Context(config, data, self.machine, Checkpointer(interrupt=self.interrupt),
-                          functools.partial(self.after_epoch, trial))
+                          functools.partial(self.prune_trial, trial))
         try:
             self.interrupt.deferring = True
             fit(state, context)
@@ -6371,7 +6413,7 @@ class Search:
         # Of equal accuracies the lower loss: less than half a sample's worth.
         return state.best["val_accuracy"] - min(10, state.best["val_loss"]) / (20 * len(right))
 
-    def after_epoch(self, trial: Any, state: TrainState) -> None:
+    def prune_trial(self, trial: Any, state: TrainState) -> None:
         """Give up what lags behind the others, or would not end in time."""
         import optuna
         trial.report(state.history[-1]["val_accuracy"], state.epoch)
@@ -6423,7 +6465,7 @@ class Search:
             self.log(f"        {line}")
         self.log(f"Results {self.folder.resolve()}")
         self.log(f"Next    {this_command()} --config {quoted(self.folder / 'best.json')}")
-        if self.raw.slug:
+        if self.raw.stand_in_slug:
             self.log(f"Note    searched on {self.raw.name}")
 
     def draw(self, study: Any) -> None:
@@ -6461,7 +6503,7 @@ def say_search(best: Any, default: pd.DataFrame, many: int, space: list[str]) ->
     return [*said, f"the default has {accuracy:.2%}, a difference of "
             f"{points(best['val_accuracy'] - accuracy)} points: {verdict}",
             f"(McNemar's test {p_value(alone)}; {p_value(p)} corrected for the "
-            f"{count(many - 1, 'trial')} tried besides)",
+            f"{plural(many - 1, 'trial')} tried besides)",
             "the best of many looks better than it is on the samples that it was chosen by; "
             "only the test part, read once by the final run, tells what it is worth"]
 
@@ -6518,21 +6560,22 @@ def search(wanted: int, url: str | None, given: Meta, log: Log) -> Path:
     budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
     budget.seconds = parse_seconds(given["budget"]) if given.get("budget") else 0.0
     with InterruptHandler() as interrupt, open_storage(url) as storage:
-        config, machine, raw = load_all({**given, "budget": ""}, {}, log, DistributedContext())
+        config, machine, raw = resolve_config_and_data({**given, "budget": ""}, {}, log,
+                                                       DistributedContext())
         parts = split_rows(raw, config)
         parts["test"] = parts["test"][:0]  # what is not there cannot be looked at
         for note in check_dataset(build_dataset(raw, config, parts), config, machine.group):
             log(f"Note    {note}")
         space = search_space(config, given)
         wanted = min(2, wanted) if config.dry_run else wanted
-        folder = fresh_path(Path(config.output_dir) / f"search-{folder_name(config, raw.slug)}",
-                            Path.mkdir)
+        name = f"search-{folder_name(config, raw.stand_in_slug)}"
+        folder = fresh_path(Path(config.output_dir) / name, Path.mkdir)
         log.attach(folder / "log.txt")
         work = Search(config, space, machine, raw, parts, budget, interrupt, folder, log)
         study = create_study(storage, work, wanted)
-        log(f"Task    {config.task}: {config.model}, {count(config.epochs, 'epoch')}")
+        log(f"Task    {config.task}: {config.model}, {plural(config.epochs, 'epoch')}")
         log(f"Data    {raw.name}; the test part is left out")
-        log(f"Search  {count(wanted, 'trial')} of {', '.join(map(flag_name, space))}")
+        log(f"Search  {plural(wanted, 'trial')} of {', '.join(map(flag_name, space))}")
         log(f"Device  {machine.describe()}")
         log(f"Folder  {folder.resolve()}\n")
         states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
@@ -6683,7 +6726,7 @@ def predict_in_notebook(ready: Predictor, inputs: list[Any], explain: bool) -> p
     ready.problems = []
     tables = []
     for samples, table in ready.predict(inputs):
-        hints = [samples.hint(ready.model, row) for row in range(len(table))]
+        hints = [samples.prediction_note(ready.model, row) for row in range(len(table))]
         tables.append(table.assign(hint=hints) if any(hints) else table)
         if explain and len(table) > 24:
             raise UsageError(f"predict: explain=True draws at most 24 samples, got {len(table)}")
@@ -6752,7 +6795,7 @@ def train_from_keywords(asked: dict[str, Any], log: Log) -> Result:
 FLAG_GROUPS = {"task": "what to train", "data": "data", "budget": "training",
                "device": "machine and output"}  # the first setting of a group -> its heading
 JOBS = ("predict", "evaluate", "serve", "export", "compare", "resume", "config", "search")
-NEEDS = {"run": ("predict", "evaluate", "serve", "export"), "output": ("predict",),
+FLAG_JOBS = {"run": ("predict", "evaluate", "serve", "export"), "output": ("predict",),
          "explain": ("predict",), "port": ("serve",), "host": ("serve",), "storage": ("search",)}
 
 
@@ -6830,10 +6873,10 @@ def parse_job(argv: list[str]) -> tuple[str, argparse.Namespace]:
     if len(jobs) > 1:
         raise UsageError(f"{' and '.join(map(flag_name, jobs))} cannot be combined")
     job = jobs[0] if jobs else ""
-    for name, owners in NEEDS.items():
+    for name, owners in FLAG_JOBS.items():
         if name in asked and job not in owners:
             raise UsageError(f"{flag_name(name)} needs {' or '.join(map(flag_name, owners))}")
-    if job in NEEDS["run"] and not args.run:
+    if job in FLAG_JOBS["run"] and not args.run:
         raise UsageError(f"{flag_name(job)} needs --run RUN, for example --run outputs/cifar10")
     if args.run and len(args.run) > 1 and job != "serve":
         raise UsageError(f"{flag_name(job)} takes one --run, not {len(args.run)}")

@@ -347,7 +347,7 @@ def test_a_budget_for_texts_counts_the_unlabelled_and_their_preparation(reviews,
     assert buy(raw, flags, 36_000, unlabelled=0.5).unlabelled == 0.5
     data = dld.build_dataset(raw, config := small("sentiment", epochs=3, max_tokens=20))
     before, after = (speed.seconds(data, config, started=started) for started in (False, True))
-    assert before - after == pytest.approx(data.samples.extra_seconds(data, 600)[0]) != 0
+    assert before - after == pytest.approx(data.samples.estimate_extra_seconds(data, 600)[0]) != 0
 
 
 def test_a_run_within_a_budget_records_what_it_chose(tmp_path, undrawn, speed, capsys):

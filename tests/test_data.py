@@ -76,24 +76,24 @@ def test_every_picture_is_mirrored_every_other_epoch_and_among_the_views(shapes)
 
 def test_pictures_of_any_size_and_mode_can_be_opened(tmp_path):
     from PIL import Image
-    meta = {"channels": 3, "side": 32, "paper": False}
+    meta = {"channels": 3, "side": 32, "light_on_dark": False}
     for mode, size, ending, value in (
             ("RGB", (32, 32), "png", 0), ("L", (7, 300), "webp", 0), ("P", (40, 40), "gif", 0),
             ("1", (33, 9), "png", 0), ("I;16", (50, 50), "tif", 0), ("CMYK", (64, 64), "jpg", 255),
             ("RGBA", (500, 20), "png", 255), ("LA", (1, 1), "png", 255)):  # clear is white paper
         Image.new(mode, size).save(path := f"{tmp_path / mode[:3]}.{ending}")
-        (name, x), = dld.ImageData.open(path, meta)
+        (name, x), = dld.ImageData.read_inputs(path, meta)
         assert x.shape == (3, 32, 32) and x.dtype == np.uint8 and name == path
         assert abs(x.astype(int) - value).max() <= 1, mode
-        (_, grey), = dld.ImageData.open(path, {"channels": 1, "side": 28, "paper": True})
+        (_, grey), = dld.ImageData.read_inputs(path, {"channels": 1, "side": 28, "light_on_dark": True})
         assert grey.shape == (1, 28, 28)
 
 
 def test_ink_on_paper_is_turned_into_light_on_dark_for_mnist():
     page = np.full((40, 40), 240, np.uint8)
     page[10:30, 18:22] = 10
-    meta = {"channels": 1, "side": 28, "paper": True}
-    paper, board = (next(dld.ImageData.open(x, meta))[1] for x in (page, 255 - page))
+    meta = {"channels": 1, "side": 28, "light_on_dark": True}
+    paper, board = (next(dld.ImageData.read_inputs(x, meta))[1] for x in (page, 255 - page))
     assert np.abs(paper.astype(int) - board).max() <= 1 and paper[0, 0].max() < 20
 
 
@@ -161,11 +161,11 @@ def test_the_phrase_model_is_scikit_learns_own(reviews):
     oracle = LogisticRegression(C=10, tol=1e-6, max_iter=1000)
     oracle.fit(scale.transform(counts[:, often]), reviews.y[:600])
     expected = oracle.predict_proba(scale.transform(counter.transform(reviews.x[600:])[:, often]))
-    np.testing.assert_allclose(model.shares(torch.arange(600, 800)), expected, atol=0.01)
+    np.testing.assert_allclose(model.probabilities(torch.arange(600, 800)), expected, atol=0.01)
     for texts, y in ((["one"], [1]), (["a b", "c d"], [0, 0]), (["", ""], [0, 1])):
         rows = torch.arange(len(y))
         tiny = dld.PhraseModel(dld.tokenize(texts), rows, torch.tensor(y), 2, 3, True)
-        assert torch.allclose(tiny.shares(rows).sum(1), torch.ones(len(y))), "stands so few too"
+        assert torch.allclose(tiny.probabilities(rows).sum(1), torch.ones(len(y))), "stands so few too"
 
 
 # -- the official layouts, on small files of the same form; the stand-ins ------------------------
@@ -313,7 +313,7 @@ def test_pictures_in_a_memory_map_are_trained_on_without_being_read_into_memory(
 def test_auto_falls_back_loudly_and_real_never(tmp_path, capsys):
     given = {"data_dir": str(tmp_path / "data"), "dry_run": True}
     raw = dld.load_raw(small("mnist", data="auto", **given), dld.Log())
-    assert raw.slug == "offline-digits" and "dry run" in raw.name
+    assert raw.stand_in_slug == "offline-digits" and "dry run" in raw.name
     assert re.search(r"WARNING .* is not there; get https://\S+ ", capsys.readouterr().out)
     with pytest.raises(dld.DataMissing, match="is not there"):
         dld.load_raw(small("mnist", data="real", **given), dld.Log())
@@ -323,7 +323,7 @@ def test_stand_ins_are_deterministic_and_labelled(shapes, digits, reviews):
     for one, two in ((shapes, dld.make_shapes(600, 200)), (digits, dld.make_digits()),
                      (reviews, dld.make_reviews(600, 200))):
         assert np.array_equal(one.y, two.y) and np.array_equal(one.x, two.x)
-        assert one.slug.startswith("offline-") and "stand-in" in one.name
+        assert one.stand_in_slug.startswith("offline-") and "stand-in" in one.name
         assert set(one.y[:one.n_train]) == set(one.y[one.n_train:]) == set(range(len(one.classes)))
     lighter = [x[:, m].mean() > x[:, ~m].mean()
                for x, m in zip(shapes.x, shapes.masks, strict=True)]

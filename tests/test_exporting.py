@@ -82,7 +82,7 @@ def inputs(runs, shapes, digits, reviews):
     texts = [*reviews.x[-96:], "zyzzyva", "A WONDERFUL film<br />worth 8/10 :) , isn’t it?!",
              "dull, long and bad " * 150, "good " * 1000]
     some = {"cifar10": list(shapes.x[-100:]), "mnist": list(digits.x[-100:]), "sentiment": texts}
-    return {task: (some[task], (model := ready(runs[task])).shares(model.pack(some[task])))
+    return {task: (some[task], (model := ready(runs[task])).probabilities(model.pack(some[task])))
             for task in TASKS}
 
 
@@ -133,7 +133,7 @@ def test_other_views_count_where_the_picture_is_unsure(runs, inputs, task, large
     moved = (found - alone).abs().amax(1)
     assert (lead < 1).any() and moved[lead < 1].max() > 1e-5
     assert larger == 1 or ((lead > 1).any() and moved[lead > 1].max() < 1e-5)
-    torch.testing.assert_close(found, model.shares(samples), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, model.probabilities(samples), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

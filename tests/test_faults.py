@@ -73,11 +73,11 @@ def test_empty_samples_are_found(shapes):
     x = shapes.x.copy()
     x[[3, 650]] = 77
     pictures = dld.ImageData.pack(x)
-    meta = dld.ImageData.learn(pictures, torch.arange(600), small("cifar10"))
-    assert dld.ImageData(pictures, meta).empty(torch.arange(800)).tolist() == [3, 650]
+    meta = dld.ImageData.fit_preprocessing(pictures, torch.arange(600), small("cifar10"))
+    assert dld.ImageData(pictures, meta).blank_rows(torch.arange(800)).tolist() == [3, 650]
     texts = dld.TextData.pack(["good film", "", "good", "xyzzy", "film"])
     meta = {"vocabulary": ["good", "film"], "max_tokens": 9}
-    assert dld.TextData(texts, meta).empty(torch.arange(5)).tolist() == [1, 3]
+    assert dld.TextData(texts, meta).blank_rows(torch.arange(5)).tolist() == [1, 3]
 
 
 PATTERNS = np.random.default_rng(5).integers(0, 256, (4, 1, 12, 12))

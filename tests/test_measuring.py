@@ -160,12 +160,12 @@ def test_the_gain_over_the_baseline_has_a_paired_interval():
     low, high = middle - 1.959964 * spread, middle + 1.959964 * spread
     for one, two, expected in ((right, simple, (difference.mean(), low, high)),
                                (simple, right, (-difference.mean(), -high, -low))):
-        found = dld.measure_gain(one, two, "x")
+        found = dld.paired_gain(one, two, "x")
         assert [found[key] for key in ("x_gain", "x_gain_low", "x_gain_high")] == pytest.approx(
             expected)
-    same = dld.measure_gain(right, right, "x")
+    same = dld.paired_gain(right, right, "x")
     assert same["x_gain"] == 0 and -same["x_gain_low"] == same["x_gain_high"] < 0.005
-    one = dld.measure_gain(torch.tensor([True]), torch.tensor([False]), "x")
+    one = dld.paired_gain(torch.tensor([True]), torch.tensor([False]), "x")
     assert one["x_gain"] == 1 and one["x_gain_low"] < 0, "one sample proves nothing"
 
 

@@ -89,7 +89,7 @@ def test_the_lstm_equals_pytorchs_bidirectional_one():
     """The oracle: torch's own bidirectional LSTM on a packed sequence, given the same weights."""
     torch.manual_seed(0)
     model = dld.build_model(TEXTS).eval()
-    oracle = torch.nn.LSTM(dld.WORD_SIZE + dld.PAIR_SIZE, 16, 2, batch_first=True,
+    oracle = torch.nn.LSTM(dld.WORD_DIM + dld.PAIR_DIM, 16, 2, batch_first=True,
                            bidirectional=True)
     for layer, pair in enumerate(zip(model.reader.ahead, model.reader.back, strict=True)):
         for suffix, one in zip(("", "_reverse"), pair, strict=True):

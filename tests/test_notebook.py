@@ -42,11 +42,11 @@ CHECKS = {  # name -> cell
     "no figure": "run.figures['training_curve']",
     "interrupted": """
 import signal
-kept = dld.after_epoch
+kept = dld.log_epoch
 def interrupt(*asked):
     signal.raise_signal(signal.SIGINT)
     return kept(*asked)
-dld.after_epoch, dld.write_figures = interrupt, lambda *asked: {}
+dld.log_epoch, dld.write_figures = interrupt, lambda *asked: {}
 dld.train("mnist", data="offline", epochs=3, limit=100, output_dir="later", report="minimal")""",
     "bar": """
 import time
@@ -323,9 +323,9 @@ def test_bad_input_is_one_line(run, task, given, line):
 
 
 def test_an_interrupt_is_short_and_the_run_goes_on(tmp_path, monkeypatch, no_figures, capsys):
-    kept = dld.after_epoch
+    kept = dld.log_epoch
     with monkeypatch.context() as patch:
-        patch.setattr(dld, "after_epoch",
+        patch.setattr(dld, "log_epoch",
                       lambda *asked: signal.raise_signal(signal.SIGINT) or kept(*asked))
         with pytest.raises(KeyboardInterrupt) as stopped:
             dld.train("mnist", **QUICK, output_dir=tmp_path)

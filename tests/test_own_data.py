@@ -88,10 +88,10 @@ def test_unreadable_files_are_skipped_and_the_others_stay_with_their_labels(tmp_
         (root / name).write_bytes(blob)
     raw = read("images", tmp_path / "around", tmp_path)
     assert {name for name, _ in raw.skipped} == {*bad} and len(raw.x) == len(raw.names) == 40
-    form = {"side": 32, "channels": 3, "paper": False}
+    form = {"side": 32, "channels": 3, "light_on_dark": False}
     for name, y, x in zip(raw.names, raw.y, raw.x, strict=True):
         assert name.startswith(raw.classes[y])
-        assert np.array_equal(x, next(dld.ImageData.open(str(root / name), form))[1])
+        assert np.array_equal(x, next(dld.ImageData.read_inputs(str(root / name), form))[1])
 
 
 def test_pictures_are_decoded_once_and_again_when_one_has_changed(tmp_path, capsys):
@@ -318,7 +318,7 @@ def test_drift_is_silent_on_the_other_half_and_fires_on_inverted_pictures_and_ot
     drifted = 0
     for seed in range(40):
         order = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-        reference = dld.summarize(samples.statistics(order[:500]))
+        reference = dld.quantiles_of(samples.statistics(order[:500]))
         for others in (order[500:], order[500:540]):  # few lie a tenth elsewhere by chance alone
             drifted += dld.measure_drift(reference, samples.statistics(others))["drifted"].any()
     assert drifted <= 3, "one in a hundred is promised"

@@ -113,7 +113,7 @@ def test_sentences_hold_for_odd_runs_too(digits, tmp_path, case, n):
               "one class": torch.eye(10)[y * 0] * 9, "good": truth / 4 + noise}[case]
     commonest = int(data.labels[data.parts["train"]].bincount().argmax())
     m = {**dld.measure(logits, y), "train_accuracy": 1.0, "temperature": 1.0, "test_samples": n,
-         **dld.measure_gain(logits.argmax(1) == y, y == commonest, "commonest")}
+         **dld.paired_gain(logits.argmax(1) == y, y == commonest, "commonest")}
     found = dld.Evaluation(m, data, pd.DataFrame(), logits)
     assert all(np.isfinite(value) for value in m.values())
     dld.write_tables(tmp_path, found)

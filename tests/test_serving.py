@@ -29,7 +29,7 @@ TASKS = ("cifar10", "mnist", "sentiment")
 CODE = """import sys, deep_learning_deliverable as dld
 dld.MAX_REQUEST_BYTES, dld.MAX_CONNECTIONS, dld.SECONDS_TO_SEND = 300_000, 24, 1.0
 answer = dld.Predictor.shares
-def shares(self, samples):
+def probabilities(self, samples):
     if self.meta["kind"] == "image" and not samples.pixels.any():
         raise RuntimeError("a secret at /tmp/secret.py")
     return answer(self, samples)
@@ -116,7 +116,7 @@ def test_many_at_once_get_what_each_would_get_alone(finished, port, shapes, digi
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         answers = [*pool.map(lambda body: ask(
             port, place(run), body, JSON if task == "sentiment" else PNG), sent)]
-    for (status, head, body), share in zip(answers, model.shares(model.pack(samples)), strict=True):
+    for (status, head, body), share in zip(answers, model.probabilities(model.pack(samples)), strict=True):
         answer = json.loads(body)
         assert status == 200 and head["Content-Type"] == "application/json"
         assert set(answer) == {"run", "predicted", "confidence", "probabilities"}
@@ -139,7 +139,7 @@ def test_a_picture_is_explained_by_its_map_in_the_colours_of_the_report(finished
     assert all(answer == answers[0] for answer in answers), "however it is sent"
     assert answers[0]["method"].startswith("Grad-CAM: ")
     samples = model.pack([x])
-    label = model.shares(samples).argmax(1)
+    label = model.probabilities(samples).argmax(1)
     maps = model.kind.explain(model.model, samples.batch(torch.tensor([0])), label)["gradcam"][0]
     drawn = Image.open(io.BytesIO(base64.b64decode(answers[0]["overlay"].partition(",")[2])))
     assert drawn.size == (256, 256)

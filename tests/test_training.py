@@ -78,7 +78,7 @@ def test_texts_without_labels_teach_what_the_simple_method_thinks(reviews):
     assert torch.equal(targets[3][1].argmax(1), data.labels[train])
     assert [data.samples_until(n, 4) for n in range(5)] == [0, 300, 600, 900, 900 + len(train)]
     simple = dld.PhraseModel(data.samples.tokens, train, data.labels[train], 2, 3, True)
-    torch.testing.assert_close(truth, simple.shares(rows, 0.7), atol=1e-5, rtol=0)
+    torch.testing.assert_close(truth, simple.probabilities(rows, 0.7), atol=1e-5, rtol=0)
     for without in (dld.build_dataset(raw, small("sentiment", unlabelled=0.0)),
                     dld.build_dataset(reviews, config)):
         assert torch.equal(without.epoch_targets(0, 4)[0], without.parts["train"])

@@ -29,7 +29,7 @@ class Usual(nn.Module):
 
     def __init__(self, words, width, dropout):
         super().__init__()
-        size = dld.WORD_SIZE + dld.PAIR_SIZE  # as many as the program's words and word pairs have
+        size = dld.WORD_DIM + dld.PAIR_DIM  # as many as the program's words and word pairs have
         self.embedding = nn.Embedding(words, size, padding_idx=0)
         self.lstm = nn.LSTM(size, width, 2, batch_first=True, bidirectional=True, dropout=dropout)
         self.score = nn.Sequential(nn.Linear(2 * width, 128), nn.Tanh(),
@@ -79,13 +79,13 @@ def main():
     few = dataclasses.replace(data, unlabelled=data.unlabelled[:0])
     timed("word vectors and leanings", lambda: samples.prepare(model, few))
 
-    def learn(longest, weighed):
+    def fit_preprocessing(longest, weighed):
         return dld.PhraseModel(samples.tokens, train, labels[train], 2, longest, weighed)
 
-    simple = timed("baseline: learning", lambda: learn(2, False))
-    timed("baseline: the test part", lambda: simple.shares(data.parts["test"]))
-    simple = timed("pseudo-labels: learning", lambda: learn(3, True))
-    timed("pseudo-labels: 50,000 reviews", lambda: simple.shares(data.parts["unlabelled"]))
+    simple = timed("baseline: learning", lambda: fit_preprocessing(2, False))
+    timed("baseline: the test part", lambda: simple.probabilities(data.parts["test"]))
+    simple = timed("pseudo-labels: learning", lambda: fit_preprocessing(3, True))
+    timed("pseudo-labels: 50,000 reviews", lambda: simple.probabilities(data.parts["unlabelled"]))
 
     order = torch.Generator().manual_seed(0)
     plan = samples.plan(train, config.batch_size, order)
