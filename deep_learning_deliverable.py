@@ -304,8 +304,8 @@ class Config:
 def check_setting(flag: str, value: Any, kind: type, rules: Any) -> None:
     """Refuse a value that cannot be meant, naming the flag."""
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        finite = "finite " * (kind is float)
-        raise UsageError(f"{flag} takes a {finite}{kind.__name__}, got {value!r}")
+        wanted = {int: "a whole number", float: "a finite number", bool: "true or false"}
+        raise UsageError(f"{flag} takes {wanted.get(kind, 'a text')}, got {value!r}")
     if "choices" in rules and value not in rules["choices"]:
         known = rules["choices"]
         raise UsageError(f"{flag} {value}: choose from {', '.join(known)}"
@@ -3592,7 +3592,7 @@ def check_dataset(data: Dataset, config: Config, group: DistributedContext) -> l
     needed = max(group.size, 2 if data.meta["kind"] == "image" else 1)  # 2 for batch norm
     if least < needed:
         raise UsageError(f"--batch-size {config.batch_size}: at least {needed} samples a step are "
-                         f"needed here ({plural(group.size, 'process', 'processes')})")
+                         "needed here: 2 for batch norm, and one for each process")
     notes = [f"no {'validation' if part == 'val' else part} sample of {some}: nothing can be said "
              "about it there" for part, some in lacking.items() if some]
     rare, common = int(times["train"].argmin()), int(times["train"].argmax())

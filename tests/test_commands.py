@@ -1,5 +1,4 @@
 """The program as its user meets it: flags, folders, messages, exit codes."""
-import csv
 import dataclasses
 import json
 import os
@@ -8,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, dld, metrics_of, small
+from conftest import ROOT, SCRIPT, dld, metrics_of
 from PIL import Image
 
 EVERY_RUN = {
@@ -35,15 +33,22 @@ def artefacts(run):
     return there - {"mistakes.png", "suspects.png", "near_repeats.png"}  # if there are any
 
 
-# -- the program, alone ----------------------------------------------------------------------------
+ALONE = """
+import random, sys, torch
+before = torch.get_rng_state(), random.getstate()
+import deep_learning_deliverable as dld
+assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+heavy = {"matplotlib", "seaborn", "sklearn", "torchvision"} & set(sys.modules)
+assert not heavy, heavy
+sys.exit(dld.main("--task mnist --data offline --dry-run --report minimal".split()))
+"""
 
 
 def test_the_one_file_trains_in_an_empty_folder_and_says_no_warning(tmp_path):
+    """In a process of its own; importing it has no side effects."""
     shutil.copy(SCRIPT, tmp_path)  # as downloaded
-    done = subprocess.run(
-        [sys.executable, SCRIPT.name, "--task", "mnist", "--data", "offline", "--dry-run",
-         "--report", "minimal"],
-        cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", timeout=200, check=False)
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True,
+                          text=True, encoding="utf-8", timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "no warnings, and no progress bar where nobody watches"
     run = tmp_path / "outputs" / "mnist-offline-digits-dry-run"
@@ -51,40 +56,27 @@ def test_the_one_file_trains_in_an_empty_folder_and_says_no_warning(tmp_path):
     assert "stand-in" in done.stdout.splitlines()[-1]
 
 
-def test_importing_has_no_side_effects(tmp_path):
-    code = ("import sys, random, torch; before = torch.get_rng_state()\n"
-            "import deep_learning_deliverable\n"
-            "assert torch.equal(before, torch.get_rng_state())\n"
-            "heavy = {'matplotlib', 'seaborn', 'sklearn', 'torchvision'} & set(sys.modules)\n"
-            "assert not heavy, heavy")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                          text=True, check=False, timeout=60,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_network_ends_in_the_stand_in_or_in_exit_3(
+def test_no_network_ends_in_the_stand_in_or_in_exit_3_and_a_budget_says_what_it_bought(
         tmp_path, undrawn, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others: dld.SpeedEstimate(
+        config, train=1e-3, predict=1e-4, figure=0.1))  # whatever machine this is
     monkeypatch.setattr(dld, "MNIST", [dataclasses.replace(
         archive, mirrors=("http://127.0.0.1:9/x",)) for archive in dld.MNIST])
-    flags = [*MNIST, "--epochs", "1"]
-    assert dld.main([*flags, "--data", "real"]) == 3
+    flags = [*MNIST, "--epochs", "2", "--budget"]
+    assert dld.main([*flags, "30m", "--data", "real"]) == 3
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "train-images-idx3-ubyte.gz" in said and "by hand" in said
+    assert dld.main([*flags, "0.1s"]) == 2
+    assert "--budget 0.1s: mnist with mlp needs about" in capsys.readouterr().err
     assert not Path("outputs").exists()
-    assert dld.main([*flags, "--data", "auto"]) == 0
+    assert dld.main([*flags, "30m", "--data", "auto"]) == 0
     said = capsys.readouterr().out
     assert "WARNING" in said and "stand-in" in said.splitlines()[-1]
+    assert "the budget buys --width 1024 --epochs 2" in said
     run = Path("outputs/mnist-offline-digits")
-    unsought = {"near_repeats", "baseline", "saliency_over_random"}
-    assert not unsought & metrics_of(run).keys(), "what was not sought is not said"
-    page = (run / "report.html").read_text("utf-8")
-    assert "Near repeats" not in page and "not put to the test" in page
-
-
-# -- what a finished run holds, and what it can be asked -------------------------------------------
+    config, metrics = json.loads((run / "config.json").read_text("utf-8")), metrics_of(run)
+    assert (config["budget"], config["width"], metrics["seconds_budget"]) == ("", 1024, 1800)
 
 
 @pytest.mark.parametrize("task", EXPLANATION)
@@ -99,8 +91,7 @@ def test_a_finished_run_is_complete_and_its_files_agree(task, finished):
     assert [key for key, value in metrics.items() if value is None] in ([], ["peak_memory_mb"])
     assert not any(isinstance(value, dict | list) for value in metrics.values()), "flat"
     assert f"{metrics['test_accuracy']:.2%}" in (run / "log.txt").read_text("utf-8")
-    report = (run / "classification_report.txt").read_text("utf-8")
-    assert "macro avg" in report and "stand-in" in report
+    assert "macro avg" in (run / "classification_report.txt").read_text("utf-8")
     history = pd.read_csv(run / "history.csv")
     best = history.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
     assert len(history) == metrics["epochs"] and best["epoch"] == metrics["best_epoch"]
@@ -110,45 +101,41 @@ def test_a_finished_run_is_complete_and_its_files_agree(task, finished):
     assert right.mean() == pytest.approx(metrics["test_accuracy"])
     assert (right == table["correct"]).all()
     shares = table.filter(regex="^p_")
-    assert np.allclose(shares.sum(axis=1), 1, atol=1e-4)
     assert (shares.idxmax(axis=1).str[2:] == table["predicted"]).all()
     config = json.loads((run / "config.json").read_text("utf-8"))
-    assert list(config) == [field.name for field in dataclasses.fields(dld.Config)]
     assert config["data"] == "offline" and config["precision"] != "auto", "what was decided"
 
 
 @pytest.mark.parametrize("task", EXPLANATION)
-def test_evaluate_gets_the_same_numbers(task, finished, capsys):
+def test_evaluate_gets_the_same_numbers_or_says_which_differ(task, finished, tmp_path, capsys):
+    metrics = metrics_of(finished[task])
     assert dld.main(["--evaluate", "--run", str(finished[task])]) == 0
     out = capsys.readouterr().out
     assert out.count("same") >= 13 and "DIFFERENT" not in out and "stand-in" in out
-    assert f"{metrics_of(finished[task])['test_accuracy']:.6f}" in out
-
-
-def test_evaluate_says_when_the_numbers_differ(finished, tmp_path, capsys):
-    run = shutil.copytree(finished["mnist"], tmp_path / "run")
-    dld.write_json(run / "metrics.json", {**metrics_of(run), "test_loss": 7.0})
-    assert dld.main(["--evaluate", "--run", str(run)]) == 1
-    assert capsys.readouterr().out.count("DIFFERENT") == 1
+    assert f"{metrics['test_accuracy']:.6f}" in out
+    if task == "mnist":
+        run = shutil.copytree(finished[task], tmp_path / "run")
+        dld.write_json(run / "metrics.json", {**metrics, "test_loss": 7.0})
+        assert dld.main(["--evaluate", "--run", str(run)]) == 1
+        assert capsys.readouterr().out.count("DIFFERENT") == 1
 
 
 def test_predict_agrees_with_predictions_csv_and_needs_only_model_pt(finished, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     shutil.copy(finished["cifar10"] / "model.pt", run)
-    table = (finished["cifar10"] / "predictions.csv").read_text("utf-8").splitlines()
-    lines, pictures = list(csv.DictReader(table))[:5], dld.TASKS["cifar10"].offline().x
-    files = [str(tmp_path / f"{line['row']}.png") for line in lines]
-    for line, file in zip(lines, files, strict=True):
-        Image.fromarray(pictures[int(line["row"])].transpose(1, 2, 0)).save(file)
+    table = pd.read_csv(finished["cifar10"] / "predictions.csv")[:5]
+    files = [str(tmp_path / f"{row}.png") for row in table["row"]]
+    for row, file in zip(table["row"], files, strict=True):
+        picture = dld.TASKS["cifar10"].offline().x[row]
+        Image.fromarray(picture.transpose(1, 2, 0)).save(file)
     precision = metrics_of(finished["cifar10"])["precision"]
     assert dld.main(["--predict", *files, "--run", str(run), "--precision", precision]) == 0
-    out = capsys.readouterr().out.splitlines()
-    for line, said in zip(lines, out, strict=False):
-        name, share = said.split()[:2]
-        assert name == line["predicted"]
-        assert float(share[:-1]) == pytest.approx(100 * float(line["confidence"]), abs=0.11)
-    assert "offline shapes" in out[-1]
+    *said, last = capsys.readouterr().out.splitlines()
+    found = pd.DataFrame([line.split()[:2] for line in said[:5]], columns=["class", "share"])
+    assert found["class"].tolist() == table["predicted"].tolist() and "offline shapes" in last
+    shares = found["share"].str.rstrip("%").astype(float).tolist()
+    assert shares == pytest.approx((100 * table["confidence"]).tolist(), abs=0.11)
 
 
 def test_predict_reads_texts_from_the_command_line_and_from_a_file(finished, tmp_path, capsys):
@@ -163,117 +150,85 @@ def test_predict_reads_texts_from_the_command_line_and_from_a_file(finished, tmp
     file.write_bytes("The plot was good.\n\nBad caf\xe9\r\n".encode("latin-1"))
     lines = [line for line in predict(str(file)) if not line.startswith(" ")]
     assert len(lines) == 3 and lines[0] == out[0] and "café" in lines[1]
-    hint = predict("the zzgruntle plot was good, gnarfy")[1]
-    assert hint.endswith("unknown: zzgruntle, gnarfy") and len(re.findall(r"\w+ \d+%", hint)) <= 4
+    assert predict("the zzgruntle plot was good")[1].endswith("unknown: zzgruntle")
+    no_text = str(finished["sentiment"] / "reliability.png")
+    assert dld.main(["--predict", no_text, "--run", str(finished["sentiment"])]) == 2
+    assert f"{no_text}: not a text file" in capsys.readouterr().err
 
 
 def test_any_texts_in_the_layout_of_imdb_train_and_predict(tmp_path, undrawn, capsys):
-    texts = {"pos": ["good", "nice :) 😀", "caf\xe9 tr\xe8s bon", "fine!"],
-             "neg": ["bad", "", "awful ?!", "no"]}
-    for part in ("train", "test"):
-        for sense, some in texts.items():
-            folder = tmp_path / "data" / "aclImdb" / part / sense
-            folder.mkdir(parents=True)
-            for i, text in enumerate(some * 8):
-                encoded = text.encode("utf-8" if "😀" in text else "latin-1")
-                (folder / f"{i}.txt").write_bytes(encoded)
+    texts = {"pos": [b"good", "nice :) 😀".encode(), b"caf\xe9 tr\xe8s bon", b"fine!"],
+             "neg": [b"bad", b"", b"awful ?!", b"no"]}
+    for place in ("train/pos", "train/neg", "test/pos", "test/neg"):
+        folder = tmp_path / "data" / "aclImdb" / place
+        folder.mkdir(parents=True)
+        for i, text in enumerate(texts[place[-3:]] * 8):
+            (folder / f"{i}.txt").write_bytes(text)
     assert dld.main(["--task", "sentiment", "--model", "transformer", "--data", "real", "--epochs",
-                     "8", "--batch-size", "4", "--data-dir", str(tmp_path / "data"), "--device",
-                     "cpu", "--precision", "fp32", "--output-dir", str(tmp_path)]) == 0
+                     "6", "--batch-size", "4", "--data-dir", str(tmp_path / "data"), "--device",
+                     "cpu", "--precision", "fp32", "--report", "minimal",
+                     "--output-dir", str(tmp_path)]) == 0
     run = tmp_path / "sentiment"
     metrics = metrics_of(run)
     assert metrics["dataset"] == "texts in aclImdb" and metrics["unlabelled_samples"] == 0
-    assert metrics["test_accuracy"] == 1.0 and metrics["baseline_accuracy"] > 0.8
+    assert metrics["test_accuracy"] == 1.0 and metrics["empty_samples"] == 16
     assert metrics["test_repeats"] == 64 and metrics["test_accuracy_without_repeats"] is None
-    assert artefacts(run) == EVERY_RUN | EXPLANATION["sentiment"] | {"deletion.png"}
     assert "says nothing about new ones" in " ".join(capsys.readouterr().out.split())
     assert dld.main(["--predict", "nice :) 😀", "awful ?!", "--run", str(run)]) == 0
     assert re.fullmatch(r"positive .*\n .*\nnegative .*\n.*\n?", capsys.readouterr().out)
 
 
-# -- again, and further ----------------------------------------------------------------------------
-
-
-def test_a_config_repeats_its_run_exactly_in_a_new_folder(finished, undrawn):
-    run = finished["mnist"]
-    before = (run / "model.pt").read_bytes()
-    assert dld.main(["--config", str(run / "config.json")]) == 0
-    again = run.with_name(run.name + "-2")
-    assert (run / "model.pt").read_bytes() == before, "a finished run is never overwritten"
+def test_a_config_repeats_its_run_exactly_in_a_new_folder(finished, tmp_path, undrawn):
+    run, again = finished["mnist"], tmp_path / "mnist-offline-digits-2"
+    (tmp_path / "mnist-offline-digits").mkdir()  # a finished run is never overwritten
+    assert dld.main(["--config", str(run / "config.json"), "--report", "minimal",
+                     "--output-dir", str(tmp_path)]) == 0
+    assert not [*(tmp_path / "mnist-offline-digits").iterdir()]
     one, two = (dld.load_file(folder / "model.pt")["weights"] for folder in (run, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    one, two = ({key: value for key, value in metrics_of(folder).items() if not re.search(
-        "second|latency|memory", key)} for folder in (run, again))
-    assert one == two
+    one, two = metrics_of(run), metrics_of(again)
+    assert not [key for key, value in two.items() if one[key] != value and not re.search(
+        "second|latency|memory", key)]
 
 
-def test_resume_continues_in_the_same_folder(finished, tmp_path, undrawn):
+def test_resume_continues_in_the_same_folder_where_no_other_process_trains(
+        finished, tmp_path, undrawn, capsys):
     run = shutil.copytree(finished["mnist"], tmp_path / "run")
     config = json.loads((run / "config.json").read_text("utf-8"))
-    dld.write_json(run / "config.json", {**config, "report": "minimal"})  # seeks no near repeats
-    (run / "near_repeats.png").write_bytes(b"of an earlier report")
-    assert dld.main(["--resume", str(run), "--epochs", "3"]) == 0
-    metrics, history = metrics_of(run), pd.read_csv(run / "history.csv")
-    assert not (run / "near_repeats.png").exists(), "nothing of an earlier report is left"
-    assert metrics["epochs"] == 3 and metrics["status"] == "finished"
-    assert history["epoch"].tolist() == [1, 2, 3] and history["seconds"].is_monotonic_increasing
-    assert metrics["seconds_total"] > metrics["seconds_training"] + metrics["seconds_setup"] - 0.1
-
-
-def test_an_interrupted_run_saves_reports_and_can_go_on(
-        tmp_path, undrawn, monkeypatch, capsys):
-    """Ctrl-C in the second epoch: the step ends, all is saved, what there is is reported."""
-    def interrupt(self, state, *others, real=dld.Checkpointer.after_step):
-        if (state.epoch, state.step) == (1, 1):
-            os.kill(os.getpid(), signal.SIGINT)
-        real(self, state, *others)
-
-    ours = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(dld.Checkpointer, "after_step", interrupt)
-        assert dld.main([*MNIST, "--epochs", "3", "--batch-size", "30", "--precision", "fp32",
-                         "--output-dir", str(tmp_path)]) == 130
-    assert signal.getsignal(signal.SIGINT) is ours
-    run, where = tmp_path / "mnist-offline-digits", "interrupted in epoch 2 of 3, after 1 step"
-    said, metrics = capsys.readouterr().out, metrics_of(run)
-    assert f"--resume {dld.quoted(run)}" in said and "Report of what there is" in said
-    assert metrics["status"] == "interrupted" and metrics["ended"] == where
-    assert metrics["best_epoch"] == 1 and metrics["test_accuracy"] > 0
-    assert f"This training was {where}" in (run / "report.html").read_text("utf-8")
-    assert dld.main(["--resume", str(run)]) == 0
-    assert "after 1 epoch and 1 step" in capsys.readouterr().out and "ended" not in metrics_of(run)
-
-
-def test_a_folder_in_which_another_process_trains_is_refused(finished, tmp_path, capsys):
-    run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    dld.write_json(run / "config.json", {**config, "report": "minimal"})
+    again = ["--resume", str(run), "--epochs", "3"]
     with dld.run_lock(run):
-        assert dld.main(["--resume", str(run), "--epochs", "9"]) == 2
+        assert dld.main(again) == 2
     said = capsys.readouterr().err
     assert f"{run} is being trained by another process" in said and said.count("\n") == 1
-    assert metrics_of(run)["epochs"] == 2
+    assert dld.main(again) == 0
+    metrics, history = metrics_of(run), pd.read_csv(run / "history.csv")
+    assert metrics["epochs"] == 3 and metrics["status"] == "finished"
+    assert history["epoch"].tolist() == [1, 2, 3] and history["seconds"].is_monotonic_increasing
 
 
-def test_a_signal_that_a_library_turns_into_another_error_is_still_a_signal(
-        tmp_path, monkeypatch, capsys):
-    """Extension modules answer Ctrl-C while they are loaded with an ImportError."""
-    def load(*given):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1)
-        except KeyboardInterrupt:
-            raise ImportError("initialization failed") from None
+def test_interrupted_runs_save_and_report_and_go_on(tmp_path, undrawn, monkeypatch, capsys):
+    """Ctrl-C in the second epoch, and SIGTERM in the third: the step ends, all is saved."""
+    run = tmp_path / "mnist-offline-digits"
+    first = [*MNIST, "--epochs", "3", "--batch-size", "30", "--output-dir", str(tmp_path)]
+    for sent, epoch, flags in ((signal.SIGINT, 1, first),
+                               (signal.SIGTERM, 2, ["--resume", str(run)])):
+        def interrupt(self, state, *others, real=dld.Checkpointer.after_step,
+                      at=(epoch, 1), sent=sent):
+            if (state.epoch, state.step) == at:
+                os.kill(os.getpid(), sent)
+            real(self, state, *others)
 
-    monkeypatch.setattr(dld, "write_figures", load)
-    assert dld.main([*MNIST, "--epochs", "1", "--output-dir", str(tmp_path)]) == 130
-    assert "ImportError" not in capsys.readouterr().err
-    assert metrics_of(tmp_path / "mnist-offline-digits")["status"] == "interrupted"
-
-
-# -- a task of one's own ---------------------------------------------------------------------------
-
-
-def missing(config):
-    raise dld.DataMissing("stripes are only made here")
+        with monkeypatch.context() as patch:
+            patch.setattr(dld.Checkpointer, "after_step", interrupt)
+            assert dld.main(flags) == 130
+        where = f"interrupted in epoch {epoch + 1} of 3, after 1 step"
+        said, metrics = capsys.readouterr().out, metrics_of(run)
+        assert f"--resume {dld.quoted(run)}" in said and "Report of what there is" in said
+        assert (metrics["status"], metrics["ended"]) == ("interrupted", where)
+        assert metrics["best_epoch"] <= epoch and metrics["test_accuracy"] > 0
+    assert "after 1 epoch and 1 step" in said
+    assert pd.read_csv(run / "history.csv")["epoch"].tolist() == [1, 2]
 
 
 def make_stripes():
@@ -288,78 +243,23 @@ def make_stripes():
 
 def test_a_new_task_is_one_entry(tmp_path, undrawn, monkeypatch, capsys):
     """Registered here; trained, reported and predicted by the same program."""
-    monkeypatch.setitem(dld.TASKS, "stripes", dld.Task(
-        "image", missing, make_stripes, {"model": "classic", "epochs": 4}))
-    assert dld.main(["--task", "stripes", "--output-dir", str(tmp_path), "--batch-size", "20",
-                     "--precision", "fp32", "--device", "cpu"]) == 0
+    def missing(config):
+        raise dld.DataMissing("stripes are only made here")
+
+    task = dld.Task("image", missing, None, {"model": "classic", "epochs": 3})
+    monkeypatch.setitem(dld.TASKS, "stripes", task)
+    flags = ["--task", "stripes", "--output-dir", str(tmp_path), "--batch-size", "20",
+             "--precision", "fp32", "--device", "cpu", "--report", "minimal"]
+    assert dld.main(flags) == 3 and capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setitem(dld.TASKS, "stripes", dataclasses.replace(task, offline=make_stripes))
+    assert dld.main(flags) == 0
     run = tmp_path / "stripes-offline-stripes"
     assert metrics_of(run)["test_accuracy"] > 0.9
-    assert artefacts(run) == EVERY_RUN | {"gradcam.png", "deletion.png"}
+    assert artefacts(run) == EVERY_RUN | {"gradcam.png"}
     Image.fromarray(make_stripes().x[0, 0]).save(tmp_path / "one.png")
     capsys.readouterr()
     assert dld.main(["--predict", str(tmp_path / "one.png"), "--run", str(run)]) == 0
     assert re.match(r"(down|across) ", capsys.readouterr().out)
-
-
-@pytest.mark.xfail(reason="an AssertionError ends it in exit 1", strict=False)
-@pytest.mark.parametrize(("data", "code"), [("auto", 3), ("real", 3), ("offline", 2)])
-def test_a_task_without_a_stand_in_ends_in_one_clear_line(data, code, monkeypatch, capsys):
-    monkeypatch.setitem(dld.TASKS, "bare", dld.Task("image", missing, None, {"model": "classic"}))
-    assert dld.main(["--task", "bare", "--data", data]) == code
-    assert "--debug" not in capsys.readouterr().err
-
-
-# -- time: the speed of the machine is given, none is measured -------------------------------------
-
-
-@pytest.fixture
-def speed(monkeypatch):
-    """A machine that takes a millisecond for a training sample, and draws ten figures a second."""
-    known = dld.SpeedEstimate(dld.Config(), train=1e-3, predict=1e-4, figure=0.1)
-    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others: dataclasses.replace(
-        known, config=config))
-    return known
-
-
-def buy(raw, given, budget, **more):
-    """The settings that a run of these flags would have in so much time."""
-    given = {"data": "offline", "device": "cpu", "precision": "fp32", **given, **more}
-    config = dld.resolve_config({**given, "budget": f"{budget}s"})
-    clock = dld.TimeBudget(time.perf_counter(), budget)
-    return dataclasses.replace(config, **dld.fit_to_budget(
-        raw, config, dld.start_machine(config), given, clock))
-
-
-def test_a_larger_budget_buys_a_higher_rung_and_flags_given_stay(digits, speed):
-    flags = {"task": "mnist", "model": "fast", "limit": 300}
-    few, some, many = (buy(digits, flags, budget) for budget in (10, 60, 36_000))
-    assert few.width <= some.width <= many.width == 64 and few.epochs < many.epochs == 40
-    assert (few.width, few.epochs) != (some.width, some.epochs)
-    assert buy(digits, flags, 36_000, width=8, batch_size=100).width == 8
-    assert (few.report, many.report) == ("minimal", "full"), "a quarter is for what gives trust"
-
-
-def test_a_budget_for_texts_counts_the_unlabelled_and_their_preparation(reviews, speed):
-    raw = dataclasses.replace(reviews, x=[*reviews.x, *reviews.x[:600]], packed=None)
-    flags = {"task": "sentiment", "max_tokens": 20}
-    much = buy(raw, flags, 36_000)
-    assert (much.epochs, much.unlabelled) == (3, 1.0)
-    assert buy(raw, flags, 36_000, unlabelled=0.5).unlabelled == 0.5
-    data = dld.build_dataset(raw, config := small("sentiment", epochs=3, max_tokens=20))
-    before, after = (speed.seconds(data, config, started=started) for started in (False, True))
-    assert before - after == pytest.approx(data.samples.estimate_extra_seconds(data, 600)[0]) != 0
-
-
-def test_a_run_within_a_budget_records_what_it_chose(tmp_path, undrawn, speed, capsys):
-    assert dld.main([*MNIST, "--budget", "30m", "--epochs", "2", "--precision", "fp32",
-                     "--output-dir", str(tmp_path)]) == 0
-    run = tmp_path / "mnist-offline-digits"
-    config, metrics = (json.loads((run / f"{name}.json").read_text("utf-8"))
-                       for name in ("config", "metrics"))
-    assert config["budget"] == "" and metrics["seconds_budget"] == 1800
-    assert (config["width"], config["epochs"], metrics["epochs"]) == (1024, 2, 2)
-    assert "the budget buys --width 1024 --epochs 2\n" in capsys.readouterr().out.replace(
-        " --report minimal", "")
 
 
 def test_all_tasks_share_a_budget_and_are_compared(finished, tmp_path, monkeypatch, capsys):
@@ -375,47 +275,7 @@ def test_all_tasks_share_a_budget_and_are_compared(finished, tmp_path, monkeypat
     assert shares == pytest.approx([12_000, 18_000, 36_000], abs=60), "here none uses its share"
     table = pd.read_csv(tmp_path / "comparison.csv")
     assert [label.split()[0] for label in table["label"]] == list(finished)
-    assert (table["multiply_adds"] > 0).all()
-    report = (tmp_path / "comparison.md").read_text("utf-8")
-    assert "One picture costs cifar10 fast" in report
     assert "stand-in" in capsys.readouterr().out.splitlines()[-1]
-
-
-def test_a_machine_that_slows_down_gets_fewer_epochs(digits, speed):
-    data = dld.build_dataset(digits, config := small("mnist", limit=100, epochs=20,
-                                                     report="minimal"))
-    estimate = dataclasses.replace(speed, config=config, predict=0.0, figure=1.0)
-    budget = dld.TimeBudget(time.perf_counter() - 380, 1200, speed=estimate)
-    state = dld.new_train_state(dld.build_model(data.meta), config, dld.start_machine(config))
-    state.epoch, found = 2, []
-    for seconds in (20, 200, 20_000):
-        state.seconds = float(seconds)
-        found.append(budget.affordable_epochs(data, config, state))
-    assert found == [20, 10, 2]
-
-
-# -- when things go wrong: see also test_bad_input -------------------------------------------------
-
-
-def test_debug_shows_the_traceback():
-    with pytest.raises(dld.UsageError, match=r"cannot read nowhere\.json"):
-        dld.main(["--config", "nowhere.json", "--debug"])
-
-
-def test_half_written_files_are_never_seen(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def fail(part):
-        part.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        dld.write_atomically(path, fail)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
-
-
-# -- what is written down must be true -------------------------------------------------------------
 
 
 def test_requirements_and_the_scripts_own_metadata_agree():

@@ -1,5 +1,4 @@
 """Faults of the data: planted ones are found, and sound data is left in peace."""
-import csv
 import dataclasses
 
 import numpy as np
@@ -7,31 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import dld, metrics_of, small
-
-CPU = dld.Machine(torch.device("cpu"), "fp32")
-
-
-def repeats(data, right):
-    """What is said of this data's exact repeats, if the model was right on these test samples."""
-    prints = {part: data.samples.identities(data.parts[part]) for part in dld.PARTS}
-    issues = pd.DataFrame(dld.find_repeats(data, prints))
-    return dld.measure_issues(data, issues, torch.tensor(right))
-
-
-def test_repeats_are_found_within_and_across_parts_and_left_out(digits):
-    texts = ["good film", "bad film", "fine", "good  film", "poor", "good film", "new words",
-             "poor", "new words"]
-    raw = dld.RawData("texts", ["no", "yes"], texts, np.array([1, 0, 1, 1, 0, 0, 0, 0, 1]), 5)
-    data = dld.build_dataset(raw, small("sentiment", val_fraction=0.25))
-    found = repeats(data, [True, True, True, False])
-    assert (found["train_repeats"], found["test_repeats"], found["test_own_repeats"]) == (1, 2, 1)
-    assert found["repeats_with_other_label"] == 2, "a good film, once bad; new words, once good"
-    assert found["test_accuracy_without_repeats"] == 0.5, "of two with new words one is right"
-    x, y, n = digits.x.copy(), digits.y.copy(), digits.n_train
-    x[n:n + 50], y[n:n + 50] = x[:50], y[:50]
-    raw = dataclasses.replace(digits, x=x, y=y, packed=None)
-    found = repeats(dld.build_dataset(raw, small("mnist")), [True] * 360)
-    assert found["test_repeats"] == 50 and found["repeats_with_other_label"] == 0
+from PIL import Image
 
 
 def leak_pictures(raw):
@@ -52,16 +27,12 @@ def leak_texts(raw):
 
 
 @pytest.mark.parametrize(("task", "leak"), [("cifar10", leak_pictures), ("sentiment", leak_texts)])
-def test_a_planted_leak_is_found_and_hardly_anything_else(finished, shapes, reviews, task, leak):
+def test_a_planted_leak_is_found_and_hardly_anything_else(shapes, reviews, task, leak):
     raw = {"cifar10": shapes, "sentiment": reviews}[task]
-    _, meta = dld.load_model(finished[task], CPU)
 
     def find(x):
         data = dld.build_dataset(dataclasses.replace(raw, x=x, packed=None), small(task))
-        samples = type(data.samples)(data.samples.pack(x), meta)
-        data = dataclasses.replace(data, samples=samples)
-        return {(each["row"], each["other_row"])
-                for each in dld.find_near_repeats(data, set())}
+        return {(each["row"], each["other_row"]) for each in dld.find_near_repeats(data, set())}
 
     found, usual = find(leak(raw)), find(raw.x)
     planted = {(raw.n_train + i, i) for i in range(40)}
@@ -69,52 +40,53 @@ def test_a_planted_leak_is_found_and_hardly_anything_else(finished, shapes, revi
     assert len(found - planted - usual) <= 2 and len(usual) <= 10
 
 
-def test_empty_samples_are_found(shapes):
-    x = shapes.x.copy()
-    x[[3, 650]] = 77
-    pictures = dld.ImageData.pack(x)
-    meta = dld.ImageData.fit_preprocessing(pictures, torch.arange(600), small("cifar10"))
-    assert dld.ImageData(pictures, meta).blank_rows(torch.arange(800)).tolist() == [3, 650]
-    texts = dld.TextData.pack(["good film", "", "good", "xyzzy", "film"])
-    meta = {"vocabulary": ["good", "film"], "max_tokens": 9}
-    assert dld.TextData(texts, meta).blank_rows(torch.arange(5)).tolist() == [1, 3]
-
-
 PATTERNS = np.random.default_rng(5).integers(0, 256, (4, 1, 12, 12))
 
 
-def make_patterns(n, n_train, flipped=0.0):
-    """Four patterns under noise: quickly learnt; some training labels are made wrong."""
+def make_patterns(n, n_train):
+    """Four patterns under noise: quickly learnt."""
     rng = np.random.default_rng(1)
     y = rng.permutation(np.arange(n) % 4)
     x = (0.35 * PATTERNS[y] + rng.normal(80, 70, (n, 1, 12, 12))).clip(0, 255).astype(np.uint8)
-    wrong = rng.permutation(n_train)[:round(flipped * n_train)]
-    y[wrong] = (y[wrong] + rng.integers(1, 4, len(wrong))) % 4
-    return dld.RawData("patterns", list("abcd"), x, y, n_train, "offline-patterns"), {*wrong}
+    return dld.RawData("patterns", list("abcd"), x, y, n_train, "offline-patterns")
 
 
 def flags_for(raw, tmp_path, monkeypatch):
+    """To train on this, with empty pictures for figures."""
     task = dld.Task("image", offline=lambda: raw, defaults={"model": "mlp"})
     monkeypatch.setitem(dld.TASKS, "patterns", task)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **more: (
+        Image.new("L", (8, 8)).save(file, "png")))
     return ["--task", "patterns", "--data", "offline", "--device", "cpu", "--precision", "fp32",
-            "--width", "32", "--batch-size", "100", "--no-views", "--report", "minimal",
+            "--width", "32", "--batch-size", "50", "--no-views", "--report", "minimal",
             "--output-dir", str(tmp_path)]
 
 
-def test_planted_label_flips_are_found_out_of_fold(tmp_path, monkeypatch, capsys):
-    raw, flipped = make_patterns(5400, 5000, 0.02)
-    flags = flags_for(raw, tmp_path, monkeypatch)
-    assert dld.main([*flags, "--epochs", "3", "--folds", "3"]) == 0
+def test_wrong_labels_repeats_and_empty_samples_are_found_by_cross_validation(
+        tmp_path, monkeypatch, capsys):
+    raw, n, rng = make_patterns(1600, 1200), 1200, np.random.default_rng(2)
+    flipped = rng.permutation(np.arange(100, n))[:40]
+    raw.y[flipped] = (raw.y[flipped] + rng.integers(1, 4, 40)) % 4
+    for copy, of in ((n, 0), (n + 10, 10), (n + 20, n + 30)):  # across parts, and within one
+        for values in (raw.x, raw.y):
+            values[copy:copy + 10] = values[of:of + 10]
+    raw.x[50:53], raw.y[50:53] = raw.x[60], (raw.y[60] + 1) % 4
+    raw.x[[70, n + 50]], raw.y[[70, n + 50]] = 77, 0
+    assert dld.main([*flags_for(raw, tmp_path, monkeypatch), "--epochs", "3", "--folds", "3"]) == 0
     run = tmp_path / "patterns-offline-patterns"
-    table = list(csv.DictReader((run / "faults.csv").open(encoding="utf-8")))
-    first = [int(row["row"]) for row in table if row["fault"] == "suspect label"][:100]
-    assert len(first) >= 70 and len(flipped.intersection(first)) / len(first) >= 0.7
-    metrics, page = metrics_of(run), (run / "report.html").read_text("utf-8")
-    assert (metrics["train_samples"], metrics["val_samples"], metrics["folds"]) == (5000, 0, 3)
-    assert metrics["best_epoch"] == 3 and 0 < metrics["folds_spread"] < 0.05
+    faults = pd.read_csv(run / "faults.csv")
+    suspects = faults[faults["fault"] == "suspect label"]["row"].tolist()[:40]
+    assert len({*suspects} & {*flipped}) >= 30
+    assert faults[faults["fault"] == "empty"]["row"].tolist() == [70, n + 50]
+    metrics = metrics_of(run)
+    assert (metrics["test_repeats"], metrics["test_own_repeats"]) == (21, 10), "20 and an empty one"
+    assert (metrics["train_repeats"], metrics["repeats_with_other_label"]) == (3, 1)
+    predicted = pd.read_csv(run / "predictions.csv").set_index("row")["correct"]
+    without = predicted.drop([*range(n, n + 20), n + 50]).mean()
+    assert metrics["test_accuracy_without_repeats"] == pytest.approx(without)
+    assert (metrics["train_samples"], metrics["val_samples"], metrics["folds"]) == (n, 0, 3)
     assert metrics["val_accuracy"] == pytest.approx(metrics["folds_accuracy"], abs=1e-3)
-    assert "Cross-validation with 3 folds, accuracy " in page and "no validation curve" in page
-    assert (run / "folds.png").exists() and "validation" in (run / "log.txt").read_text("utf-8")
+    assert "Cross-validation with 3 folds" in (run / "report.html").read_text("utf-8")
     assert dld.main(["--evaluate", "--run", str(run)]) == 0, "the same numbers"
     before = dld.load_file(run / "model.pt")
     for name in ("model.pt", "checkpoint.pt", "metrics.json"):
@@ -128,17 +100,14 @@ def test_planted_label_flips_are_found_out_of_fold(tmp_path, monkeypatch, capsys
     assert "fold 2/3" in out and "fold 3/3" not in out
     after = dld.load_file(run / "model.pt")
     torch.testing.assert_close(after["weights"], before["weights"], atol=0, rtol=0)
-    assert after["meta"]["temperature"] == before["meta"]["temperature"]
 
 
 def test_folds_hold_each_training_sample_once_and_never_a_test_sample(digits):
     config = small("mnist", folds=5)
     data = dld.build_dataset(digits, config)
-    assert len(data.parts["val"]) == 0
-    assert data.parts["train"].tolist() == list(range(digits.n_train))
     folds = dld.fold_rows(data.parts, data.labels, config)
     held = torch.cat([parts["val"] for parts in folds])
-    assert sorted(held.tolist()) == data.parts["train"].tolist()
+    assert sorted(held.tolist()) == data.parts["train"].tolist() == [*range(digits.n_train)]
     for parts in folds:
         assert not {*parts["train"].tolist()} & {*parts["val"].tolist()}
         assert torch.equal(parts["test"], data.parts["test"])
@@ -147,12 +116,12 @@ def test_folds_hold_each_training_sample_once_and_never_a_test_sample(digits):
 
 
 def test_shuffled_labels_end_in_nothing_learned(tmp_path, monkeypatch, capsys):
-    raw, _ = make_patterns(2400, 1600)
-    raw = dataclasses.replace(raw, y=np.random.default_rng(2).permutation(raw.y))
+    raw = make_patterns(1200, 600)
+    raw.y[:] = np.random.default_rng(2).permutation(raw.y)
     assert dld.main([*flags_for(raw, tmp_path, monkeypatch), "--epochs", "2"]) == 0
     run = tmp_path / "patterns-offline-patterns"
     m, page = metrics_of(run), (run / "report.html").read_text("utf-8")
     assert m["test_accuracy_low"] < 0.25 < m["test_accuracy_high"]
-    assert m["test_macro_f1_low"] < 0.25 and abs(m["test_auc"] - 0.5) < 0.05
+    assert m["test_macro_f1_low"] < 0.25 and abs(m["test_auc"] - 0.5) < 0.06
     assert m["commonest_gain_low"] < 0 and "nothing learned" in capsys.readouterr().out
     assert "Nothing learned" in page and "this model is better" not in page

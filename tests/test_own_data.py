@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import dld, metrics_of
@@ -14,14 +15,14 @@ REVIEWS = [(i, f"a {'good' if i % 2 else 'bad'} film number {i}, seen in the cin
             "pos" if i % 2 else "neg") for i in range(60)]
 
 
-def folder_of_shapes(root, n, seed=0, size=32, names=("circle", "ring", "star")):
+def folder_of_shapes(root, n, names=("circle", "ring", "star")):
     """n pictures of shapes, one folder a class."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     y = rng.integers(0, len(names), n)
     x, _ = dld.draw_shapes(np.array([list(dld.SHAPES).index(names[i]) for i in y]), rng)
     for i, (label, pixels) in enumerate(zip(y, x, strict=True)):
         (root / names[label]).mkdir(parents=True, exist_ok=True)
-        picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((size + i % 7, size))
+        picture = Image.fromarray(pixels.transpose(1, 2, 0)).resize((32 + i % 7, 32))
         picture.save(root / names[label] / f"{i}.png")
     return root
 
@@ -33,8 +34,7 @@ def table(path, rows, head=("id", "review", "sentiment"), delimiter=","):
 
 
 def rows_of(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
 
 
 def configure(task, data, folder, **settings):
@@ -53,15 +53,11 @@ def start(config):
     return data, state.model.state_dict(), said
 
 
-# -- pictures ------------------------------------------------------------------------------------
-
-
 def test_pictures_in_folders_are_split_with_every_class_in_every_part(tmp_path):
     raw = read("images", folder_of_shapes(tmp_path / "shapes", 60), tmp_path)
     assert raw.classes == ["circle", "ring", "star"] and raw.x.shape == (60, 3, 32, 32)
     rows = {part: rows.numpy() for part, rows in dld.split_rows(raw, dld.Config()).items()}
     assert raw.n_train == 48 and all(set(raw.y[rows[part]]) == {0, 1, 2} for part in dld.PARTS)
-    assert all(raw.names[i].startswith(raw.classes[raw.y[i]]) for i in range(60)), "names stay"
     for i in range(3):
         Image.new("RGB", (32, 32)).save(tmp_path / "shapes" / "ring" / f"new{i}.png")
     again = read("images", tmp_path / "shapes", tmp_path)
@@ -69,12 +65,13 @@ def test_pictures_in_folders_are_split_with_every_class_in_every_part(tmp_path):
 
 
 def test_parts_that_somebody_named_are_kept_and_a_class_missing_in_one_shifts_no_label(tmp_path):
-    for part, n, names in (("Train", 30, ("circle", "ring", "star")),
-                           ("valid", 8, ("circle", "star")), ("test", 9, ("ring", "star"))):
-        folder_of_shapes(tmp_path / "shapes" / part, n, names=names)
+    parts = {"Train": (30, ("circle", "ring", "star")), "valid": (8, ("circle", "star")),
+             "test": (9, ("ring", "star"))}
+    for part, (n, names) in parts.items():
+        folder_of_shapes(tmp_path / "shapes" / part, n, names)
     raw = read("images", tmp_path / "shapes", tmp_path)
     rows = dld.split_rows(raw, dld.Config())
-    for part, folder, n in (("train", "Train", 30), ("val", "valid", 8), ("test", "test", 9)):
+    for part, (folder, (n, _)) in zip(("train", "val", "test"), parts.items(), strict=True):
         assert len(rows[part]) == n
         assert all(raw.names[i].startswith(f"{folder}/{raw.classes[raw.y[i]]}/")
                    for i in rows[part].tolist())
@@ -82,7 +79,6 @@ def test_parts_that_somebody_named_are_kept_and_a_class_missing_in_one_shifts_no
 
 def test_unreadable_files_are_skipped_and_the_others_stay_with_their_labels(tmp_path):
     root = folder_of_shapes(tmp_path / "around" / "shapes", 40)  # as archives have it
-    (root / ".hidden").mkdir()
     bad = {"ring/broken.jpg": b"\xff\xd8 no picture", "star/empty.png": b"", "star/a.txt": b"hello"}
     for name, blob in {**bad, "ring/._1.png": b"of a Mac"}.items():
         (root / name).write_bytes(blob)
@@ -103,22 +99,13 @@ def test_pictures_are_decoded_once_and_again_when_one_has_changed(tmp_path, caps
         assert ("Decoding 20 pictures" in capsys.readouterr().out) == decoded
         return raw
 
-    assert isinstance(again(True).x, np.memmap)
-    assert again(False, test_fraction=0.4).n_train == 12, "another split needs no new decoding"
     assert again(True, image_size=16, colour="grey").x.shape == (20, 1, 16, 16)
+    again(True)
+    assert again(False, test_fraction=0.4).n_train == 12, "another split needs no new decoding"
     changed = next((root / "ring").iterdir())
     Image.new("RGB", (50, 40), "red").save(changed)
     after = again(True)
     assert (after.x[after.names.index(f"ring/{changed.name}"), 0] > 250).all()
-    right = np.array(after.x)
-    for kept in (tmp_path / "memory" / "cache").glob("*/pixels.npy"):
-        kept.write_bytes(kept.read_bytes()[:-100])
-    assert np.array_equal(again(True).x, right), "damaged: made anew"
-    (tmp_path / "file").write_text("in the way")
-    assert np.array_equal(again(True, data_dir=str(tmp_path / "file")).x, right), "or does without"
-
-
-# -- texts ---------------------------------------------------------------------------------------
 
 
 def test_tables_of_many_kinds_give_the_same_texts_and_classes(tmp_path):
@@ -129,26 +116,17 @@ def test_tables_of_many_kinds_give_the_same_texts_and_classes(tmp_path):
     (tmp_path / "d.csv").write_bytes((tmp_path / "a.csv").read_text().encode("utf-16"))
     table(tmp_path / "e.csv", [row[1:] for row in REVIEWS], head=None)
     (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, objects)))
-    table(tmp_path / "g.csv", REVIEWS, head=("n", "Was man sah", "Urteil"))
     (tmp_path / "h.json").write_text(json.dumps(objects))
     table(tmp_path / "i.csv", [(f"no. {i}", t, "x", s) for i, t, s in REVIEWS],
           head=("title", "review_text", "text_id", "stars"))
+    for i, text, sense in REVIEWS:
+        (tmp_path / "j" / sense).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "j" / sense / f"{i}.txt").write_text(text)
     for path in tmp_path.iterdir():
-        raw = read("text", path, tmp_path)
+        raw = read("text", path, tmp_path / "j")
         assert raw.classes == ["neg", "pos"] and raw.n_train == 48, path
         pairs = zip(raw.x, raw.y.tolist(), strict=True)
         assert sorted(pairs) == sorted((t, int(s == "pos")) for _, t, s in REVIEWS), path
-
-
-def test_rows_without_text_or_class_are_skipped_by_their_numbers(tmp_path):
-    rows = [*REVIEWS[:20], (20, "", "pos"), (21, "no class", ""), (22,), *REVIEWS[20:40]]
-    raw = read("text", table(tmp_path / "a.csv", rows), tmp_path)
-    assert [name for name, _ in raw.skipped] == ["row 21", "row 22", "row 23"]
-    assert len(raw.x) == 40 and {*raw.names} >= {"row 1", "row 20", "row 24", "row 43"}
-    path = tmp_path / "b.jsonl"
-    path.write_text('{"text": "a", "label": 1}\nnot json\n{"text": "b", "label": 2}\n[1]\n')
-    raw = read("text", path, tmp_path, test_fraction=0.5)
-    assert raw.skipped == [("row 2", "not a JSON object"), ("row 4", "not a JSON object")]
 
 
 def test_columns_can_be_named_and_a_column_of_parts_is_kept(tmp_path):
@@ -160,42 +138,30 @@ def test_columns_can_be_named_and_a_column_of_parts_is_kept(tmp_path):
     assert raw.n_val == 12 and raw.n_train == 48
 
 
-def test_texts_in_folders_and_classes_that_people_count(tmp_path):
-    for i in range(44):
-        (folder := tmp_path / "stars" / f"{i % 11} stars").mkdir(parents=True, exist_ok=True)
-        (folder / f"{i}.txt").write_text(f"number {i}")
-    assert read("text", tmp_path / "stars", tmp_path).classes == [f"{i} stars" for i in range(11)]
+LINES = ["text,label", *(f"film {i},{i % 2}" for i in range(10))]
 
 
-LINES = [f"film {i},{i % 2}" for i in range(10)]
-
-
-@pytest.mark.parametrize("lines, kept", [
-    (["text,label", *LINES, "w " * 70_000 + ",1"], (11, 0)),
-    (["text,label", *LINES, '"open,1', "b,1"], (10, 1)),
-    (["text,label,note,note", *(f"{line},a,b" for line in LINES)], (10, 0)),
-    (["\r".join(["text,label", *LINES])], (10, 0))],
-    ids=["a long cell", "an open quote", "two columns of a name", "lines of old Macs"])
-def test_no_row_of_an_odd_table_is_lost_without_being_listed(lines, kept, tmp_path):
-    (tmp_path / "a.csv").write_bytes("\n".join(lines).encode())
-    raw = read("text", tmp_path / "a.csv", tmp_path)
-    assert (len(raw.x), len(raw.skipped)) == kept
-
-
-# -- training ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lines, kept, skipped", [
+    ([*LINES, ",1", "no class,", "alone", "a,0"], 11, ["row 11", "row 12", "row 13"]),
+    ([*LINES, "w " * 70_000 + ",1"], 11, []),
+    ([*LINES, '"open,1', "b,1"], 10, ["row 11"]),
+    (['{"text": "a", "label": 1}', "no JSON", '{"text": "b", "label": 2}', "[1]"], 2,
+     ["row 2", "row 4"])], ids=["no text or no class", "a long cell", "an open quote", "no JSON"])
+def test_no_row_is_lost_without_being_listed_by_its_number(lines, kept, skipped, tmp_path):
+    path = tmp_path / ("a.csv" if lines[0] == LINES[0] else "a.jsonl")
+    path.write_text("\n".join(lines))
+    raw = read("text", path, tmp_path, test_fraction=0.5)
+    assert (len(raw.x), [name for name, _ in raw.skipped]) == (kept, skipped)
 
 
 def test_rare_classes_can_count_as_much_as_others(shapes):
     few = np.flatnonzero((shapes.y != 3) | (np.arange(len(shapes.y)) % 12 == 0))
     raw = dld.RawData("", shapes.classes, shapes.x[few], shapes.y[few], int((few < 600).sum()))
     for how in ("balanced", "none"):
-        config = dld.resolve_config({"task": "cifar10", "class_weights": how, **OWN})
-        data = dld.build_dataset(raw, config)
+        data = dld.build_dataset(raw, dld.resolve_config({"class_weights": how, **OWN}))
         rows, truth = data.epoch_targets(0, 1)
         by_class = torch.zeros(10).index_add_(0, data.labels[rows], truth.sum(1))
         assert torch.allclose(by_class, torch.tensor(len(rows) / 10)) == (how == "balanced")
-        notes = dld.check_dataset(data, config, dld.DistributedContext())
-        assert any("--class-weights balanced" in note for note in notes) == (how == "none")
 
 
 @pytest.fixture(scope="module")
@@ -207,40 +173,39 @@ def own(tmp_path_factory):
     raw = dld.make_reviews(150, 10)
     rows = [(i, raw.x[i], ("bad", "good")[y]) for i, y in enumerate(raw.y)]
     table(place / "reviews.csv", [*rows, (160, "", "good")])
-    flags = f"--data-dir {place}/memory --output-dir {place}/outputs --epochs 1 --width 16 " \
-            "--batch-size 20 --report minimal --device cpu --precision fp32"
-    for task, data in (("images", "shapes"), ("text", "reviews.csv")):
-        assert dld.main(["--task", task, "--data", str(place / data), *flags.split()]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # empty pictures for figures
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **more: (
+            Image.new("L", (8, 8)).save(file, "png")))
+        for task, data in (("images", "shapes"), ("text", "reviews.csv")):
+            dld.train_run({
+                "task": task, "data": str(place / data), "data_dir": str(place / "memory"),
+                "output_dir": str(place / "outputs"), "epochs": 1, "width": 16, "batch_size": 20,
+                "report": "minimal", **OWN}, dld.Log())
     return place
 
 
 @pytest.mark.parametrize("run, name", [("images-shapes", "circle/"), ("text-reviews", "row ")])
-def test_own_data_ends_in_a_full_run_folder_that_names_its_samples(own, run, name):
+def test_own_data_ends_in_a_run_folder_that_names_its_samples(own, run, name):
     folder = own / "outputs" / run
     metrics, rows = metrics_of(folder), rows_of(folder / "predictions.csv")
-    assert (metrics["skipped"], metrics["dataset"]) == (1, run.split("-")[1])
+    assert (metrics["skipped"], len(rows_of(folder / "skipped.csv"))) == (1, 1)
     assert 29 <= len(rows) == metrics["test_samples"] <= 32
     assert any(row["name"].startswith(name) for row in rows)
-    assert len(rows_of(folder / "skipped.csv")) == 1
     assert "skipped.csv" in (folder / "report.html").read_text("utf-8")
     assert dld.main(["--evaluate", "--run", str(folder), "--data-dir", str(own / "memory")]) == 0
 
 
 def test_a_run_starts_from_another_ones_weights_with_a_head_for_new_classes(own, tmp_path):
-    folder_of_shapes(tmp_path / "new", 60, names=("heart", "ring", "circle"))
+    folder_of_shapes(tmp_path / "new", 60, ("heart", "ring", "circle"))
     run = own / "outputs" / "images-shapes"
-    config = configure("images", tmp_path / "new", own, init=str(run))
-    assert (config.width, config.image_size) == (16, 32) and config.lr < dld.RECIPES["fast"]["lr"]
+    data, now, said = start(configure("images", tmp_path / "new", own, init=str(run)))
     old = torch.load(run / "model.pt", weights_only=True)
-    data, now, said = start(config)
     assert data.meta["mean"] == old["meta"]["mean"], "the old weights expect the old scale"
     head, old_head = now.pop("head.weight"), old["weights"].pop("head.weight")
     assert all(torch.equal(now[name], value) for name, value in old["weights"].items())
     assert data.meta["classes"] == ["circle", "heart", "ring"] and "2 of 3 classes known" in said
     assert torch.equal(head[[0, 2]], old_head[[0, 1]]) and not torch.equal(head[1], old_head[2])
 
-
-def test_a_text_run_keeps_its_words_and_learns_new_ones(own, tmp_path):
     path = table(tmp_path / "new.csv", [(i, f"{t} zebra zebra giraffe", s) for i, t, s in REVIEWS])
     run = own / "outputs" / "text-reviews"
     data, now, _ = start(configure("text", path, own, init=str(run)))
@@ -249,15 +214,14 @@ def test_a_text_run_keeps_its_words_and_learns_new_ones(own, tmp_path):
     assert words[:len(known)] == known and "zebra" in words[len(known):]
     embedding = old["weights"]["embedding.weight"]
     assert torch.equal(now["embedding.weight"][:len(embedding)], embedding)
-    assert torch.equal(now["pairs.weight"], old["weights"]["pairs.weight"])
 
 
 def test_published_weights_come_from_pytorchs_cache_and_are_checked(tmp_path, monkeypatch):
     from torchvision import models
     weights = models.mobilenet_v3_small(weights=None).state_dict()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     url = models.MobileNet_V3_Small_Weights.DEFAULT.url
-    place = tmp_path / "home" / "hub" / "checkpoints" / url.rpartition("/")[2]
+    place = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]
     place.parent.mkdir(parents=True)
     config = configure("images", folder_of_shapes(tmp_path / "shapes", 40), tmp_path,
                        model="mobilenet_v3_small", pretrained=True)
@@ -268,12 +232,6 @@ def test_published_weights_come_from_pytorchs_cache_and_are_checked(tmp_path, mo
     assert data.meta["mean"] == [0.485, 0.456, 0.406] and "published" in said
     assert all(torch.equal(now[key], value) for key, value in weights.items()
                if not key.startswith("classifier.3"))
-    place.write_bytes(b"no weights")
-    with pytest.raises(dld.DataError, match="is damaged; delete it"):
-        start(config)
-
-
-# -- predicting ----------------------------------------------------------------------------------
 
 
 def test_a_folder_is_predicted_in_blocks_broken_ones_listed_and_explained(
@@ -286,8 +244,7 @@ def test_a_folder_is_predicted_in_blocks_broken_ones_listed_and_explained(
     broken = [name for name, row in rows.items() if row["problem"]]
     assert len(rows) == 151 and broken == ["ring/broken.jpg"]
     for row in rows_of(own / "outputs/images-shapes/predictions.csv"):
-        expected = pytest.approx(float(row["p_ring"]), abs=1e-4)
-        assert float(rows[row["name"]]["p_ring"]) == expected
+        assert abs(float(rows[row["name"]]["p_ring"]) - float(row["p_ring"])) < 1e-4
     out = capsys.readouterr().out
     assert "150 predictions" in out and "broken.jpg: not a picture" in out and "none shown" in out
     assert (tmp_path / "p-gradcam.png").stat().st_size > 10_000
@@ -313,15 +270,14 @@ def test_a_table_is_predicted_by_the_column_of_the_training_unless_one_is_named(
 
 
 def test_drift_is_silent_on_the_other_half_and_fires_on_inverted_pictures_and_other_languages(own):
-    x = torch.from_numpy(dld.make_shapes(600, 400).x)
-    samples = dld.ImageData(x, {"mean": [0.5] * 3, "std": [0.2] * 3, "augment": {}, "views": False})
+    samples = dld.build_dataset(dld.make_shapes(400, 100), dld.Config()).samples
     drifted = 0
-    for seed in range(40):
-        order = torch.randperm(1000, generator=torch.Generator().manual_seed(seed))
-        reference = dld.quantiles_of(samples.statistics(order[:500]))
-        for others in (order[500:], order[500:540]):  # few lie a tenth elsewhere by chance alone
+    for seed in range(20):
+        order = torch.randperm(500, generator=torch.Generator().manual_seed(seed))
+        reference = dld.quantiles_of(samples.statistics(order[:250]))
+        for others in (order[250:], order[250:290]):  # few lie a tenth elsewhere by chance alone
             drifted += dld.measure_drift(reference, samples.statistics(others))["drifted"].any()
-    assert drifted <= 3, "one in a hundred is promised"
+    assert drifted <= 2, "one in a hundred is promised"
 
     def look(run, *arguments):
         ready = dld.Predictor(own / "outputs" / run, dld.start_machine(dld.Config(**OWN)))
