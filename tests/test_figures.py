@@ -25,10 +25,9 @@ RUNS = pd.DataFrame({"label": ["cifar10 classic", "mnist mlp"], "test_accuracy":
 
 DRAW = {
     "curves": (dld.plot_curves, HISTORY, 4),
-    "curves of one epoch": (dld.plot_curves, HISTORY[:1], 1),
-    "curves, no validation": (dld.plot_curves, HISTORY.assign(val_loss=np.nan,
-                                                              val_accuracy=np.nan), 5),
-    "many histories": (dld.plot_histories, {f"fold {i}": HISTORY for i in range(12)}),
+    "one epoch, no validation": (dld.plot_curves, HISTORY[:1].assign(
+        val_loss=np.nan, val_accuracy=np.nan), 1),
+    "many histories": (dld.plot_histories, {f"fold {i}": HISTORY for i in range(8)}),
     "confusion, long names": (dld.plot_confusion, np.arange(9).reshape(3, 3),
                               ["airplane", "automobile", "$bird$ {x}"]),
     "pictures": (dld.plot_pictures, [PICTURES[0], PICTURES[1][..., 0]], [RIGHT, WRONG]),
@@ -61,20 +60,9 @@ def test_figures_are_drawn(what, tmp_path, monkeypatch):
         assert edge.min() > 200, "clipped"
 
 
-@pytest.mark.parametrize("what", ["many histories", "maps"])
-def test_figures_repeat_to_the_byte(what, tmp_path):
-    plot, *given = DRAW[what]
+def test_figures_repeat_to_the_byte(tmp_path):
+    plot, *given = DRAW["maps"]
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     for path in (one, two):
         plot(*given, path, "title")
     assert one.read_bytes() == two.read_bytes()
-
-
-def test_right_and_wrong_differ_without_colour():
-    assert "✓" in RIGHT.line and "✗" in WRONG.line and "true: airplane" in WRONG.line
-
-
-def test_every_picture_of_a_grid_is_drawn(tmp_path):
-    dld.plot_pictures([np.zeros((8, 8), np.uint8)] * 12, [RIGHT] * 12, tmp_path / "a.png", "title")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert (np.asarray(picture.convert("L")) < 20).mean() > 0.25

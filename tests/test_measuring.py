@@ -1,11 +1,10 @@
 """Numbers against independent oracles."""
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import dld, metrics_of, small
+from conftest import dld
 from scipy.optimize import minimize_scalar  # comes with scikit-learn
 from scipy.stats import rankdata
 from sklearn import metrics as oracle
@@ -24,7 +23,7 @@ def area(scores, positive):
     return (rankdata(scores)[positive].sum() - n * (n + 1) / 2) / (n * (~positive).sum())
 
 
-@pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (1, 7), (863, 1000), (9432, 10000)])
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (10, 10), (863, 1000)])
 def test_the_interval_agrees_with_wilsons_formula(k, n):
     z, share = 1.959964, k / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -32,7 +31,7 @@ def test_the_interval_agrees_with_wilsons_formula(k, n):
     assert dld.wilson(k, n) == pytest.approx((middle - half, middle + half), abs=1e-6)
 
 
-@pytest.mark.parametrize(("classes", "skill"), [(5, 0.0), (5, 2.0), (2, 1.0), (10, 4.0)])
+@pytest.mark.parametrize(("classes", "skill"), [(5, 0.0), (2, 1.0), (10, 4.0)])
 def test_measures_agree_with_scikit_learn_and_textbook_formulas(classes, skill):
     logits, y = guesses(400, classes, classes, skill)
     found, predicted = dld.measure(logits, y, 0.7), logits.argmax(1)
@@ -74,7 +73,7 @@ def test_the_interval_of_the_macro_f1_agrees_with_drawing_samples_anew():
     logits, y = guesses(500, 3, 2, 1.5)
     found, rng = dld.measure(logits, y), np.random.default_rng(1)
     drawn = [oracle.f1_score(y[rows], logits.argmax(1)[rows], average="macro")
-             for rows in rng.integers(0, 500, (400, 500))]
+             for rows in rng.integers(0, 500, (200, 500))]
     interval = found["test_macro_f1_low"], found["test_macro_f1_high"]
     assert interval == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=0.01)
 
@@ -91,19 +90,7 @@ def test_the_temperature_is_the_best_one(scale):
     assert dld.fit_temperature(logits, y) == pytest.approx(best, rel=0.02)
 
 
-def test_the_temperature_stays_sane_and_never_changes_which_class_wins():
-    y = torch.arange(90) % 3
-    sharp = dld.fit_temperature(torch.eye(3)[y] * 5, y)
-    assert 0.1 < sharp < 2, "no mistake does not mean that there can be none"
-    assert dld.fit_temperature(torch.zeros(0, 3), y[:0]) == 1.0
-    logits = guesses(500, 10)[0]
-    for scale, temperature in itertools.product((1e-6, 1e-3, 1, 1e3, 1e6), (0.02, 1.7, 50.0)):
-        shares = dld.probabilities(logits * scale, temperature)
-        best = shares.gather(1, (logits * scale).argmax(1, keepdim=True))[:, 0]
-        assert (best == shares.max(1).values).all()
-
-
-@pytest.mark.parametrize(("a", "b"), [(0.9, 0.8), (0.7, 0.7), (0.95, 0.5)])
+@pytest.mark.parametrize(("a", "b"), [(0.7, 0.7), (0.95, 0.5)])
 def test_mcnemar_agrees_with_counting_coin_throws(a, b):
     one, two = np.random.default_rng(0).random((2, 60)) < [[a], [b]]
     first, second = int((one & ~two).sum()), int((two & ~one).sum())
@@ -113,19 +100,6 @@ def test_mcnemar_agrees_with_counting_coin_throws(a, b):
     assert dld.mcnemar(one, one) == 1.0
 
 
-def test_commonest_mistakes_groups_and_the_surest():
-    matrix = np.array([[5, 3, 0], [1, 9, 0], [0, 4, 2]])
-    assert dld.confused_pairs(matrix) == [(2, 1, 4), (0, 1, 3), (1, 0, 1)]
-    right = torch.tensor([True] * 90 + [False] * 10 + [True] * 50 + [False] * 50)
-    names = ["easy", "hard", "empty"]
-    table, p = dld.group_accuracy(right, torch.arange(200) // 100, names)
-    assert table["group"].tolist() == ["easy", "hard"] and p < 1e-6
-    assert table["accuracy"].tolist() == [0.9, 0.5]
-    assert dld.group_accuracy(right, torch.arange(200) % 2, names)[1] > 0.9
-    sure = dld.measure_coverage(torch.linspace(0, 1, 200), right).iloc[0]
-    assert (sure["least"], sure["share"], sure["accuracy"]) == (0.5, 0.5, 0.5)
-
-
 def test_multiply_adds_are_what_the_layers_do():
     meta = {"kind": "image", "model": "classic", "channels": 3, "side": 32,
             "classes": list("abcdefghij"), "dropout": 0.5}
@@ -133,20 +107,6 @@ def test_multiply_adds_are_what_the_layers_do():
     by_hand = sum(side * side * before * 9 * width for side, before, width in convolutions)
     by_hand += 1024 * 512 + 512 * 128 + 128 * 10
     assert dld.count_multiply_adds(dld.build_model(meta), torch.zeros(1, 3, 32, 32)) == by_hand
-    text = {"kind": "text", "model": "lstm", "classes": ["no", "yes"], "vocabulary": ["w"] * 10,
-            "pairs": 128, "dropout": 0.3, "width": 128}
-    n = 7
-    cells = 2 * n * (4 * 128 * (116 + 128)) + 2 * n * (4 * 128 * (256 + 128))
-    attention = n * 256 * 128 + n * 128 + n * 256
-    found = dld.count_multiply_adds(dld.build_model(text), torch.full((1, n), 3))
-    assert found == cells + attention + 256 * 2
-
-
-def test_costs_of_a_run_are_plausible(finished):
-    cost = metrics_of(finished["mnist"])
-    assert cost["multiply_adds"] == 784 * 128 + 2 * 128 * 128 + 128 * 10
-    assert cost["latency_ms"] > 0 and cost["samples_per_second"] > 1
-    assert (cost["peak_memory_mb"] or 51) > 50, "unknown on Windows"
 
 
 def test_the_gain_over_the_baseline_has_a_paired_interval():
@@ -163,16 +123,5 @@ def test_the_gain_over_the_baseline_has_a_paired_interval():
         found = dld.paired_gain(one, two, "x")
         assert [found[key] for key in ("x_gain", "x_gain_low", "x_gain_high")] == pytest.approx(
             expected)
-    same = dld.paired_gain(right, right, "x")
-    assert same["x_gain"] == 0 and -same["x_gain_low"] == same["x_gain_high"] < 0.005
     one = dld.paired_gain(torch.tensor([True]), torch.tensor([False]), "x")
     assert one["x_gain"] == 1 and one["x_gain_low"] < 0, "one sample proves nothing"
-
-
-def test_facts_fingerprint_the_split(digits):
-    one, two, other = (dld.build_dataset(digits, small("mnist", seed=seed)).facts()
-                       for seed in (0, 0, 1))
-    assert one == two and one["val_rows_sha256"] != other["val_rows_sha256"]
-    assert one["test_rows_sha256"] == other["test_rows_sha256"]
-    share = one["train_samples"] / (one["train_samples"] + one["val_samples"])
-    assert share == pytest.approx(0.9, abs=0.01)

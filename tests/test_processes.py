@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, dld, metrics_of, small
+from conftest import ROOT, SCRIPT, dld, metrics_of
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs forks and gloo")
 
@@ -23,22 +23,19 @@ def test_several_processes_give_what_one_gives(tmp_path):
     for task, one in found["alone"].items():
         several = found["together"][task]
         assert several["seen"] == one["seen"] == sorted(one["train"]), "each sample once an epoch"
-        # Adam's first steps are as long for gradients that are nothing but rounding, as those of
-        # pixels that are the same in all digits: there even a second thread changes as much.
-        tolerance = {"atol": 1e-3 if task == "mnist" else 1e-4, "rtol": 0}
-        torch.testing.assert_close(several["logits"], one["logits"], **tolerance)
-        torch.testing.assert_close(several["weights"], one["weights"], **tolerance)
+        for what in ("logits", "weights"):
+            torch.testing.assert_close(several[what], one[what], atol=1e-4, rtol=0)
         for row, other in zip(one["history"], several["history"], strict=True):
             assert row == pytest.approx(other, abs=1e-4)
     assert "Warning" not in done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes in /proc")
-def test_a_dead_process_ends_all_and_one_goes_on_alone(tmp_path):
+def test_a_dead_process_ends_all_and_one_goes_on_alone(tmp_path, undrawn):
     run = tmp_path / "mnist-offline-digits"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               SCRIPT, "--task=mnist", "--data=offline", "--epochs=20", "--width=64",
-               "--device=cpu", "--report=minimal", "--limit=900", "--checkpoint-every=0.1s",
+               SCRIPT, "--task=mnist", "--data=offline", "--epochs=9999", "--width=16",
+               "--device=cpu", "--report=minimal", "--limit=100", "--checkpoint-every=0.1s",
                f"--output-dir={tmp_path}"]
     job = subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT)
@@ -53,18 +50,15 @@ def test_a_dead_process_ends_all_and_one_goes_on_alone(tmp_path):
         assert job.returncode != 0, said
     finally:
         job.kill()
-    assert metrics_of(run)["status"] in ("running", "failed")
-    assert dld.main(["--resume", str(run)]) == 0, "one process goes on where two were"
+    assert metrics_of(run)["status"] in ("running", "failed", "interrupted")
+    epochs = dld.load_file(run / "checkpoint.pt", dld.STATE_FORMAT)["epoch"] + 2
+    assert dld.main(["--resume", str(run), "--epochs", str(epochs)]) == 0, "one where two were"
     metrics = metrics_of(run)
-    assert (metrics["status"], metrics["processes"], metrics["epochs"]) == ("finished", 1, 20)
-    assert len((run / "history.csv").read_text("utf-8").splitlines()) == 21
+    assert (metrics["status"], metrics["processes"], metrics["epochs"]) == ("finished", 1, epochs)
+    assert len((run / "history.csv").read_text("utf-8").splitlines()) == epochs + 1
 
 
-def test_what_several_processes_cannot_do_is_said_once(digits, monkeypatch, capsys):
-    config = small("mnist", limit=20, batch_size=1)
-    with pytest.raises(dld.UsageError, match="--batch-size 1: 4 processes need a sample each at "
-                                             "every step"):
-        dld.check_dataset(dld.build_dataset(digits, config), config, dld.DistributedContext(0, 4))
+def test_a_problem_of_several_processes_is_said_once(monkeypatch, capsys):
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         assert dld.main(["--epochs", "0"]) == 2

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import dld, metrics_of, small
+from PIL import Image
 
 
 class Checker(HTMLParser):
@@ -60,7 +61,7 @@ def table_of(path):
 
 
 def test_the_page_of_each_run_is_whole(finished):
-    for task, run in finished.items():
+    for run in finished.values():
         found, m = check(run / "report.html"), metrics_of(run)
         pictures = {path.stem.replace("_", " ") for path in run.glob("*.png")}
         assert {alt.split(":")[0] for alt in found.images} == pictures, "each, and no other"
@@ -68,8 +69,6 @@ def test_the_page_of_each_run_is_whole(finished):
         for said in ("good for trying out, not for claims", right, m["torch"], "--config",
                      m["test_rows_sha256"]):
             assert said in found.text
-        if task == "cifar10":
-            assert f"in {m['peak_on_object']:.1%} of {m['peaks']:,} right" in found.text
         order = [found.text.index(part) for part in (
             "Result", "The training", "Where it errs", "Can its confidence", "Why it decides so",
             "The data's own faults", "What it cost")]
@@ -92,17 +91,15 @@ def test_what_the_page_says_can_be_counted_in_the_tables(finished):
         for sure in sorted(wrong, key=lambda line: -float(line["confidence"]))[:1]:
             said = f"{sure['predicted']} {float(sure['confidence']):.0%} (true: {sure['true']})"
             assert said in text
-        kept = sum(float(line["confidence"]) >= 0.8 for line in lines)
-        least = re.search(r"at least 80% sure +([\d,]+) ", text)
-        assert int(least[1]) == kept if least else kept == 0
         assert sum(int(row["support"]) for row in table_of(run / "classes.csv")) == len(lines)
         faults = [row["fault"] for row in table_of(run / "faults.csv")]
         assert [faults.count(kind) for kind in ("suspect label", "empty", "near repeat")] == [
             m[key] for key in ("suspect_labels", "empty_samples", "near_repeats")]
 
 
-@pytest.mark.parametrize("case", ["perfect", "all wrong", "one class", "blind", "ties", "good"])
-@pytest.mark.parametrize("n", [1, 300])
+@pytest.mark.parametrize(("case", "n"), [
+    *((case, 300) for case in ("perfect", "all wrong", "one class", "blind", "ties", "good")),
+    ("perfect", 1), ("all wrong", 1)])
 def test_sentences_hold_for_odd_runs_too(digits, tmp_path, case, n):
     data = dld.build_dataset(digits, small("mnist", limit=n))
     data.meta["temperature"] = 1.0
@@ -127,9 +124,6 @@ def test_sentences_hold_for_odd_runs_too(digits, tmp_path, case, n):
     learned = "Nothing learned" not in text
     assert learned == (case in ("perfect", "good")) if n == 300 else better or not learned
     assert ("within the uncertainty" in text) == (m["test_accuracy_high"] >= 1.0)
-    table, p = dld.group_accuracy(found.right, *data.samples.groups(found.rows)["brightness"][::-1])
-    assert table["samples"].sum() == n
-    assert ("No dependence on brightness" in text) == (p > 0.05 and len(table) > 1)
 
 
 def test_the_sentence_about_calibration_says_which_way_it_went():
@@ -151,7 +145,10 @@ def test_the_sentence_about_the_curves(losses, accuracies, said, unsaid):
     assert said in found and unsaid not in found
 
 
-def test_pages_escape_classes_texts_and_the_names_of_data_and_runs(tmp_path):
+def test_pages_escape_classes_texts_and_the_names_of_data_and_runs(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **more: (
+        Image.new("L", (800, 400)).save(file, "png")))
     evil, name = "<script>alert(1)</script>", "data" if os.name == "nt" else "<script>a & b"
     words = {evil: f"good {evil} film &amp; <img src=x onerror=y>", 'b" & <b>': "bad poor </p> one"}
     rows = [(f"{words[label]} {i}", label) for i in range(60) for label in words]
@@ -218,20 +215,12 @@ def test_runs_on_different_data_are_not_tested_against_each_other(finished, tmp_
 
 def test_bad_runs_to_compare_are_refused(finished, tmp_path, capsys):
     run = str(finished["mnist"])
-    broken, half, old = (copy_run(finished["mnist"], tmp_path / name)
-                         for name in ("broken", "half", "old"))
-    (broken / "predictions.csv").write_text("row,true\n1,2\n")
+    half, old = (copy_run(finished["mnist"], tmp_path / name) for name in ("half", "old"))
     dld.write_json(half / "metrics.json", {**metrics_of(half), "status": "interrupted"})
-    m = metrics_of(old)
-    del m["model_mb"]
-    dld.write_json(old / "metrics.json", m)
-    for flags, message in (([run], "two or more different"), ([run, run], "two or more different"),
-                           ([run, "nowhere"], "nowhere: no such folder"),
-                           ([run, str(tmp_path)], "cannot read"),
-                           ([run, str(broken)], "not a run folder of this version"),
+    (old / "predictions.csv").write_text("row,true\n1,2\n")
+    for flags, message in (([run, run], "two or more different"),
                            ([run, str(half)], "has not finished"),
-                           ([run, str(old)], "model_mb is missing"),
-                           ([run, str(old), "--seed", "3"], "leave out --seed")):
+                           ([run, str(old)], "not a run folder of this version")):
         assert dld.main(["--compare", *flags]) == 2, flags
         shown = capsys.readouterr().err
         assert message in shown and shown.count("\n") == 1, shown

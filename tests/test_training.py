@@ -3,6 +3,7 @@ import dataclasses
 import math
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import dld, metrics_of, small
@@ -44,7 +45,7 @@ def with_unlabelled(reviews):
                                                  ("sentiment", "fp16")])
 def test_one_seed_gives_the_same_bits_and_another_does_not(task, precision, request):
     raw = request.getfixturevalue(RAW[task])
-    config = small(task, limit=50, epochs=2, precision=precision)
+    config = small(task, limit=50, epochs=1, precision=precision)
     one = fit(raw, config)
     assert same(one, fit(raw, config))
     assert not same(one, fit(raw, dataclasses.replace(config, seed=1)))
@@ -58,31 +59,8 @@ def test_neither_samples_nor_labels_of_the_test_part_matter_to_training(task, re
     others = x[raw.n_train:] // 2 if task == "mnist" else ["good " * 9] * (len(x) - raw.n_train)
     x[raw.n_train:] = others
     forged = dataclasses.replace(raw, x=x, y=y, packed=None)
-    config = small(task, limit=200, epochs=2)
+    config = small(task, limit=100, epochs=1)
     assert same(fit(raw, config), fit(forged, config))
-
-
-def test_texts_without_labels_teach_what_the_simple_method_thinks(reviews):
-    """The epochs before the last share out these texts, with its opinions for their truth."""
-    raw = with_unlabelled(reviews)
-    config = small("sentiment", limit=600, epochs=4, max_tokens=30, unlabelled=1.5)
-    data = dld.build_dataset(raw, config)
-    _, said = dld.start_training(data, config, dld.start_machine(config))
-    assert "600 texts without labels" in said
-    train = data.parts["train"]
-    targets = [data.epoch_targets(epoch, 4) for epoch in range(4)]
-    rows, truth = (torch.cat(each) for each in zip(*targets[:3], strict=True))
-    assert sorted(rows[:600].tolist()) == [*range(800, 1400)]
-    assert len(rows) == 900 and (rows[600:] >= 800).all()
-    assert torch.equal(targets[3][0], train)
-    assert torch.equal(targets[3][1].argmax(1), data.labels[train])
-    assert [data.samples_until(n, 4) for n in range(5)] == [0, 300, 600, 900, 900 + len(train)]
-    simple = dld.PhraseModel(data.samples.tokens, train, data.labels[train], 2, 3, True)
-    torch.testing.assert_close(truth, simple.probabilities(rows, 0.7), atol=1e-5, rtol=0)
-    for without in (dld.build_dataset(raw, small("sentiment", unlabelled=0.0)),
-                    dld.build_dataset(reviews, config)):
-        assert torch.equal(without.epoch_targets(0, 4)[0], without.parts["train"])
-        assert without.samples_until(3, 4) == 3 * len(without.parts["train"])
 
 
 class Stopping(dld.Checkpointer):
@@ -103,9 +81,9 @@ def test_a_resumed_training_ends_with_the_same_bits(task, request, tmp_path):
     raw = request.getfixturevalue(RAW[task])
     raw = with_unlabelled(raw) if task == "sentiment" else raw
     schedule = "plateau" if task == "mnist" else "linear"
-    config = small(task, limit=150, epochs=3, batch_size=40, schedule=schedule)
+    config = small(task, limit=150, epochs=2, batch_size=40, schedule=schedule)
     path = tmp_path / "checkpoint.pt"
-    for steps in (3, 1, 4):  # the first epoch has four or more
+    for steps in (3, 2):  # an epoch has four or more
         with pytest.raises(dld.Interrupted):
             fit(raw, config, checkpointer=Stopping(path, steps))
     resumed = fit(raw, config, checkpointer=dld.Checkpointer(path))
@@ -123,27 +101,15 @@ def test_the_best_epoch_is_the_best_on_validation_and_patience_stops(digits):
 
 def test_muon_steps_equally_far_in_all_directions_and_keeps_each_weights_length():
     torch.manual_seed(0)
-    weight, last, bias = parameters = [torch.nn.Parameter(torch.randn(*shape))
-                                       for shape in ((8, 4, 3, 3), (5, 8), (8,))]
-    start = [p.detach().clone() for p in parameters]
-    for p in parameters:
-        p.grad = torch.ones_like(p)
-    weight.grad = (torch.randn(8, 36) * torch.linspace(0.1, 3, 8).unsqueeze(1)).view_as(weight)
-    dld.Muon([weight, last], [bias], lr=0.1).step()
-    kept = start[0] * 8 ** 0.5 / start[0].norm()  # brought to its length, then moved
+    weight, last = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((8, 4, 3, 3), (5, 8)))
+    start = weight.detach().clone()
+    gradient = torch.randn(8, 36) * torch.linspace(0.1, 3, 8)[:, None]
+    weight.grad = gradient.view_as(weight).clone()
+    dld.Muon([weight, last], [], lr=0.1).step()
+    kept = start * 8 ** 0.5 / start.norm()  # brought to its length, then moved
     before, after = (torch.linalg.svdvals(x.detach().flatten(1))
-                     for x in (weight.grad, (kept - weight) / 0.1))
+                     for x in (gradient, (kept - weight) / 0.1))
     assert after.max() < 1.4 and after.max() / after.min() < before.max() / before.min() / 2
-    # Nesterov's first step: 1 + 0.85 gradients.
-    torch.testing.assert_close(last, start[1] - 0.1 * 20 * 1.85)
-    torch.testing.assert_close(bias, start[2] - 0.1 * 100 * 1.85)
-
-
-def test_fewer_epochs_once_time_runs_out_still_end_with_a_small_rate(digits):
-    config = small("mnist", limit=200, epochs=10, batch_size=20, schedule="linear", lr=0.01)
-    state = fit(digits, config, on_epoch=lambda state: 4 if state.epoch >= 2 else None)
-    rates = [row["learning_rate"] for row in state.history]
-    assert state.epoch == 4 and rates[1] > 0.0075 and rates[3] < 0.0005
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "onecycle", "plateau", "constant"])
@@ -159,44 +125,9 @@ def test_schedules_warm_up_and_end_where_they_should(schedule):
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
 
 
-def test_plateau_lowers_the_rate_only_when_validation_stalls(digits):
-    def never_better(data, state):
-        state.best = {"epoch": 0, "val_accuracy": 2.0, "val_loss": 0.0}
-
-    config = small("mnist", limit=100, epochs=6, schedule="plateau")
-    rates = [row["learning_rate"] for row in fit(digits, config, before=never_better).history]
-    assert rates[1] == rates[0] and rates[2] == pytest.approx(0.3 * rates[1])
-    assert rates[4] == pytest.approx(0.09 * rates[1])
-
-
-def test_weight_decay_spares_biases_and_norms():
-    config = small("cifar10", model="classic", weight_decay=0.5)
-    model = dld.build_model({"kind": "image", "model": "classic", "channels": 3, "side": 32,
-                             "classes": ["a", "b"], "dropout": 0.5})
-    state = dld.new_train_state(model, config, dld.start_machine(config))
-    decayed, spared = state.optimizer.param_groups
-    assert decayed["weight_decay"] == 0.5 and spared["weight_decay"] == 0
-    assert {id(p) for p in decayed["params"]} == {id(p) for p in model.parameters() if p.ndim > 1}
-    assert {id(p) for p in spared["params"]} == {id(p) for p in model.parameters() if p.ndim == 1}
-
-
-def test_clipping_bounds_the_step(digits):
-    """With a tiny bound and plain SGD the weights can move by no more than rate x bound."""
-    config = small("mnist", limit=64, epochs=1, batch_size=64, clip=1e-3, schedule="constant")
-    start = []
-
-    def plain(data, state):
-        state.optimizer = torch.optim.SGD(state.model.parameters(), lr=1)
-        start.extend(p.detach().flatten().clone() for p in state.model.parameters())
-
-    state = fit(digits, config, before=plain)
-    after = torch.cat([p.detach().flatten() for p in state.model.parameters()])
-    assert 0 < (after - torch.cat(start)).norm() <= config.lr * 1e-3 * 1.01
-
-
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_a_loss_that_is_no_number_leaves_what_was_best_and_advice(epoch, tmp_path, monkeypatch,
-                                                                  capsys):
+                                                                  undrawn, capsys):
     batch = dld.ImageData.batch
 
     def poisoned(self, rows, noise=None, now=0, shard=slice(None)):
@@ -206,7 +137,7 @@ def test_a_loss_that_is_no_number_leaves_what_was_best_and_advice(epoch, tmp_pat
     monkeypatch.setattr(dld.ImageData, "batch", poisoned)
     assert dld.main(["--task", "mnist", "--data", "offline", "--device", "cpu", "--limit", "150",
                      "--width", "32", "--epochs", "4", "--lr", "0.004", "--report", "minimal",
-                     "--output-dir", str(tmp_path)]) == 1
+                     "--checkpoint-every", "0.001s", "--output-dir", str(tmp_path)]) == 1
     assert (f"the loss became no number in epoch {epoch}; try a smaller --lr than 0.004"
             in capsys.readouterr().err)
     run, = tmp_path.iterdir()
@@ -218,14 +149,17 @@ def test_a_loss_that_is_no_number_leaves_what_was_best_and_advice(epoch, tmp_pat
         assert all(weight.isfinite().all() for weight in saved["model"].values())
 
 
-def test_out_of_memory_is_one_line_that_names_the_flag(digits):
-    def no_room(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(dld.Failure, match=r"out of memory with 50 samples a process and step; try "
-                                          r"a smaller --batch-size than 50"):
-        fit(digits, small("mnist", limit=200, batch_size=50),
-            before=lambda data, state: state.model.register_forward_hook(no_room))
+def test_tensorboard_has_every_epoch_once_also_after_going_on(tmp_path, undrawn):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    given = {"limit": 100, "report": "minimal", "output_dir": str(tmp_path), "tensorboard": True}
+    run = dld.train_run(dataclasses.asdict(small("mnist", epochs=2, **given)), dld.Log(quiet=True))
+    assert dld.main(["--resume", str(run), "--epochs", "4"]) == 0
+    history, found = pd.read_csv(run / "history.csv"), EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    for name, key in dld.TensorBoard.CURVES.items():
+        assert [event.step for event in found.Scalars(name)] == [1, 2, 3, 4]
+        assert [event.value for event in found.Scalars(name)] == pytest.approx([*history[key]])
 
 
 def test_a_damaged_checkpoint_is_noticed(digits, tmp_path):
@@ -233,7 +167,7 @@ def test_a_damaged_checkpoint_is_noticed(digits, tmp_path):
     path = tmp_path / "checkpoint.pt"
     fit(digits, small("mnist", limit=100, epochs=1, width=8), checkpointer=dld.Checkpointer(path))
     saved, whole = dld.load_file(path, dld.STATE_FORMAT), path.read_bytes()
-    for place in torch.linspace(0, len(whole) - 1, 40).long().tolist():
+    for place in torch.linspace(0, len(whole) - 1, 30).long().tolist():
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:])
         try:
             found = dld.load_file(path, dld.STATE_FORMAT)["model"]
@@ -262,13 +196,3 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_training_nor_the_one_bef
     assert "File too large; going on, and trying again later" in said[0]
     assert dld.load_file(path, dld.STATE_FORMAT)["epoch"] == 1
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_logits_come_back_in_the_order_of_the_rows(reviews):
-    config = small("sentiment")
-    machine, data = dld.start_machine(config), dld.build_dataset(reviews, config)
-    model, rows = dld.build_model(data.meta), data.parts["test"]
-    mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        dld.predict_logits(model, data.samples, rows[mixed], machine),
-        dld.predict_logits(model, data.samples, rows, machine)[mixed], atol=1e-5, rtol=0)
