@@ -29,17 +29,17 @@ Contents, with the line where each section begins:
      2  Config ........................ 187
      3  Models ........................ 405
      4  Training ...................... 771
-     5  Evaluation ................... 1214
-     6  Explanations ................. 1667
-     7  Data ......................... 1902
-     8  Tasks ........................ 3472
-     9  Machine ...................... 3717
-    10  Figures ...................... 4244
-    11  Report ....................... 4541
-    12  Runs ......................... 5048
-    13  Using a model ................ 5736
-    14  Search and notebook .......... 6325
-    15  Command line ................. 6792
+     5  Evaluation ................... 1215
+     6  Explanations ................. 1669
+     7  Data ......................... 1905
+     8  Tasks ........................ 3480
+     9  Machine ...................... 3725
+    10  Figures ...................... 4254
+    11  Report ....................... 4551
+    12  Runs ......................... 5060
+    13  Using a model ................ 5751
+    14  Search and notebook .......... 6343
+    15  Command line ................. 6810
 """
 
 # /// script
@@ -835,6 +835,7 @@ class TrainState:
             setattr(self, name, values[name])
         for name in self.STATEFUL:
             getattr(self, name).load_state_dict(values[name])
+        # What all had summed goes on in one of them.
         sums = values["sums"].clone() if group.is_leader else torch.zeros(2)
         self.sums = sums.to(self.noise.device)
         with contextlib.suppress(RuntimeError):  # another kind of device: fresh noise must do
@@ -1393,6 +1394,7 @@ def issue(fault: str, part: str, row: int, label: int, other_row: int = -1, othe
 def find_repeats(data: Dataset, prints: dict[str, list[bytes]]) -> list[dict[str, Any]]:
     """Exact copies of an earlier sample; training and validation come before the test part."""
     found, seen, labels = [], dict[bytes, int](), data.labels.tolist()
+    # In this order, so that a test sample is the copy and the training sample the original.
     for part in PARTS:
         for row, mark in zip(data.parts[part].tolist(), prints[part], strict=True):
             first = seen.setdefault(mark, row)
@@ -1783,6 +1785,7 @@ def integrated_gradients(model: nn.Module, x: Tensor, label: Tensor, steps: int 
     with (torch.enable_grad(), forward_hooks(model, scale),
           torch.backends.cudnn.flags(enabled=False)):
         for step in range(steps):
+            # The middle of each interval: so few steps sum to the logit's difference more nearly.
             share = (step + 0.5) / steps
             points[:] = [] if layers else [(x.detach() * share).requires_grad_()]
             score = model(x if layers else points[0]).gather(1, label[:, None]).sum()
@@ -2368,6 +2371,7 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
         raise UnreadableSample(f"not a picture that can be read ({problem})") from problem
     if clear:  # transparent means white paper
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    # Cropped to its middle square rather than squeezed: shapes stay what they are.
     picture = ImageOps.fit(picture.convert("L" if grey else "RGB"), (side, side))
     x = np.asarray(picture).reshape(side, side, meta["channels"]).transpose(2, 0, 1)
     border = np.median((x[0, 0], x[0, -1], x[0, :, 0], x[0, :, -1]))
@@ -2710,6 +2714,7 @@ def word_vectors(ids: Tensor, words: int, size: int, reach: int = 5) -> Tensor:
     usual = counts.sum(0) ** 0.75
     counts /= counts.sum(1, keepdim=True).clamp(min=1)
     information = counts.div_((usual / usual.sum()).clamp(min=1e-9)).log_().clamp_(min=0)
+    # Of 2,000 neighbours the square is small: no need for an SVD of 30,000 rows.
     strength, directions = torch.linalg.eigh((information.T @ information).double())
     strength, directions = strength[-size:].clamp(min=1e-9).float(), directions[:, -size:].float()
     # Times the roots of the singular values, as is usual.
@@ -2854,6 +2859,7 @@ def fetch(archive: Archive, folder: Path, config: Config) -> Path:
         if config.dry_run and not path.exists():
             raise DataMissing(f"{path} is not there")
         folder.mkdir(parents=True, exist_ok=True)
+        # Two runs that start together would otherwise write into the same partial file.
         with FileLock(folder / f".{archive.name}.lock"):
             if not path.exists():  # else another run has got it meanwhile
                 free = shutil.disk_usage(folder).free
@@ -3084,6 +3090,7 @@ def assign_parts(found: list[SampleFile], config: Config) -> list[SampleFile]:
     if not any(one.part == "test" for one in found):
         rest = [one for one in found if one.part != "val"]
         order = stratified_order(np.array([one.label for one in rest]), shuffle)[::-1]
+        # At least one, or a handful of samples would have no test at all.
         n_test = max(1, round(len(rest) * config.test_fraction))
         for i in order[-n_test:]:
             rest[i].part = "test"
@@ -3238,6 +3245,7 @@ def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
         if name and name not in columns:
             raise UsageError(f"{flag} {name}: {path} has no such column{nearest(name, columns)}; "
                              f"it has {shorten(columns, 200)}")
+    # Two thousand rows tell what a column holds.
     some = table.iloc[:2000]
     length = {name: some[name].map(lambda v: len(v) if isinstance(v, str) else 0).mean()
               for name in columns}
@@ -4107,10 +4115,12 @@ class SpeedEstimate:
     config: Config
     train: float
     predict: float
-    figure: float = 0.5
+    figure: float = 0.7
 
     def relative_cost(self, config: Config) -> float:
         """How much more arithmetic a sample takes with other settings."""
+        # Twice the width takes 3.3 times as long, measured from 32 to 64
+        # (tests/benchmarks/speed.py).
         wider = (config.width / self.config.width) ** 1.75
         return wider * config.max_tokens / self.config.max_tokens
 
@@ -4959,6 +4969,7 @@ COMPARED_FORMATS = {  # column of comparison.csv -> how a person reads it
 def holm(p: np.ndarray) -> np.ndarray:
     """p-values corrected for how many there are (Holm 1979)."""
     order, corrected = p.argsort(kind="stable"), np.empty_like(p)
+    # The smallest p meets the hardest bound; no later one may come out smaller than one before it.
     corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return corrected
 
@@ -4966,6 +4977,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 def say_verdicts(runs: pd.DataFrame, right: dict[str, np.ndarray]) -> list[str]:
     """Each pair that was tested on the same samples; McNemar's test, Holm's correction."""
     ranked = [*runs.sort_values("test_accuracy", ascending=False, kind="stable").itertuples()]
+    # Pairs are told apart only where both were tested on the same samples.
     pairs = [(a, b) for a, b in itertools.combinations(ranked, 2) if a.test == b.test]
     p = np.array([mcnemar(right[a.label], right[b.label]) for a, b in pairs])
     said, won_by_best = [], 0
@@ -5309,6 +5321,7 @@ def start_training(data: Dataset, config: Config, machine: Machine) -> tuple[Tra
     said = data.samples.prepare(model, data) if group.is_leader else ""
     if group.is_leader and (config.init or config.pretrained):
         said = initialize_weights(model, config, data.meta["classes"])
+    # Made once and sent: the phrase model's rounding may differ from process to process.
     said, data.pseudo_labels = group.broadcast((said, data.pseudo_labels))
     if not group.is_leader:
         torch.manual_seed(config.seed + group.rank)  # dropout must not be the same everywhere
@@ -5376,6 +5389,7 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
             check_room(into or Path(str(known.get("output_dir", Config.output_dir))))
             if into:
                 held.enter_context(run_lock(into))
+        # What importing took belongs to the run: somebody has waited for it.
         budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
         config, machine, raw, data = prepare(given, saved, log, group, budget)
         state, said = start_training(data, config, machine)
@@ -5600,6 +5614,7 @@ def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut) -> None:
         m["baseline"], rival = samples.baseline(data)
         m |= paired_gain(evaluation.right, rival == evaluation.y, "baseline")
         torch.manual_seed(run.config.seed)
+        # Seeded, so that the weights are those that this network started from.
         untrained = place_model(build_model(data.meta), run.context.machine)
         some = evaluation.rows[evaluation.random_rows(samples.tested, seed=3)]
         evaluation.deletion = deletion_curves(model, untrained, samples, some, temperature)
@@ -5809,6 +5824,7 @@ class Predictor:
 
     def drift(self) -> str:
         """Whether what came in looks like what the model was tested on; nothing of a few inputs."""
+        # A few inputs cannot be told from chance.
         n = sum(map(len, self.seen["confidence"]))
         if n < 30:
             return ""
@@ -5832,6 +5848,7 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         raise UsageError(f"--output {output}: {why}")
     if explain and not output:
         raise UsageError("--explain needs --output FILE.csv: its figures are put beside that")
+    # In float32: a prediction should not depend on what else the processor can do.
     ready = Predictor(run, start_machine(Config(**{"precision": "fp32", **given})))
     ready.meta["column_asked_for"] = given.get("text_column", "")
     tables, written = list[pd.DataFrame](), list[Path]()
@@ -5945,6 +5962,7 @@ def trace_graph(ready: Predictor) -> Any:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operation that other programs do not know
     network = Standalone(ready).eval()
+    # A free length of texts would be unrolled to the length that is traced.
     graph = torch.export.export(network, (x,), dynamic_shapes=(free,), strict=False)
     torch.backends.mha.set_fastpath_enabled(fast)
     return graph
