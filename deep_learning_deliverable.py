@@ -38,8 +38,8 @@ Contents, with the line where each section begins:
     11  Report ....................... 4551
     12  Runs ......................... 5060
     13  Using a model ................ 5751
-    14  Search and notebook .......... 6343
-    15  Command line ................. 6810
+    14  Search and notebook .......... 6344
+    15  Command line ................. 6811
 """
 
 # /// script
@@ -6059,7 +6059,8 @@ def export(form: str, run: Path, given: Meta, log: Log) -> Path:
         except Exception as problem:  # the libraries raise many kinds
             first, *_ = [*str(problem).strip().splitlines(), ""]
             raise Failure(f"--export {form}: {ready.meta['model']} cannot be exported with torch "
-                          f"{torch.__version__} ({type(problem).__name__}: {first})") from problem
+                          f"{torch.__version__} ({type(problem).__name__}: {first}); try a newer "
+                          f"torch{' or --export pt2' * (form == 'onnx')}") from problem
         if off > EXPORT_TOLERANCE:
             raise Failure(f"--export {form}: the file predicts otherwise than the run (by {off:.2g}"
                           f", at most {EXPORT_TOLERANCE:g} is allowed); it was not kept")

@@ -58,7 +58,10 @@ def test_the_first_trial_is_the_default_and_the_best_is_no_worse(
     done = rows[rows["state"] == "complete"].astype({"val_accuracy": float, "val_loss": float})
     best = done.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
     chosen = json.loads((folder / "best.json").read_text("utf-8"))
-    assert [chosen[name] for name in names] == [*best[names]] and 0 in done.index
+    for name in names:  # old readers of CSV round the last digit
+        value = chosen[name]
+        assert best[name] == (pytest.approx(value) if isinstance(value, float) else value)
+    assert 0 in done.index
     said = (folder / "log.txt").read_text("utf-8")
     assert f"Best    trial {best['number']}, the best of 5" in said and "trial   5" in said
     assert f"--config {folder / 'best.json'}" in said

@@ -147,6 +147,8 @@ def export(runs):
     def made(task, form):
         for package in ("onnx", "onnxscript", "onnxruntime") * (form == "onnx"):
             pytest.importorskip(package)
+        if form == "onnx" and torch.__version__.startswith("2.6."):
+            pytest.skip("torch 2.6 cannot write these networks")
         with (contextlib.redirect_stdout(io.StringIO()) as out,
               contextlib.redirect_stderr(io.StringIO()) as err):
             assert dld.main(["--export", form, "--run", str(runs[task])]) == 0, err.getvalue()
