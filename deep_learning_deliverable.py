@@ -26,20 +26,20 @@ TrainState in 4; a new task is an entry of TASKS in 8; write_figures in 12 has e
 Contents, with the line where each section begins:
 
      1  Head ........................... 59
-     2  Config ........................ 187
-     3  Models ........................ 405
-     4  Training ...................... 771
-     5  Evaluation ................... 1215
-     6  Explanations ................. 1669
-     7  Data ......................... 1905
-     8  Tasks ........................ 3480
-     9  Machine ...................... 3725
-    10  Figures ...................... 4254
-    11  Report ....................... 4551
-    12  Runs ......................... 5060
-    13  Using a model ................ 5751
-    14  Search and notebook .......... 6344
-    15  Command line ................. 6811
+     2  Config ........................ 189
+     3  Models ........................ 407
+     4  Training ...................... 773
+     5  Evaluation ................... 1218
+     6  Explanations ................. 1672
+     7  Data ......................... 1908
+     8  Tasks ........................ 3483
+     9  Machine ...................... 3728
+    10  Figures ...................... 4258
+    11  Report ....................... 4555
+    12  Runs ......................... 5064
+    13  Using a model ................ 5758
+    14  Search and notebook .......... 6351
+    15  Command line ................. 6818
 """
 
 # /// script
@@ -113,6 +113,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+# Before the slow imports: a budget counts from here.
 STARTED = time.perf_counter()
 try:
     import numpy as np
@@ -129,6 +130,7 @@ except ModuleNotFoundError as missing:
              "pip install torch torchvision scikit-learn matplotlib seaborn numpy tqdm")
 
 
+# Importing pandas, scipy and scikit-learn takes a while, and --help uses none of them.
 class Lazy:
     """A module that is imported when it is first used, so that --help need not wait for it."""
 
@@ -1191,6 +1193,7 @@ class Checkpointer:
     def after_step(self, state: TrainState, group: DistributedContext, lr: float) -> None:
         """Save if it is time to; end if asked to. A broken state is neither saved nor used."""
         due = self.path is not None and time.perf_counter() - self.saved_at > self.every
+        # A signal may reach any of the processes; all have to stop at the same step.
         stop, due = group.any(self.interrupt.requested, due)
         # Elsewhere than on a CPU, looking at the loss means waiting for the device.
         if stop or due or state.noise.device.type == "cpu":
@@ -3852,6 +3855,7 @@ class DistributedContext:
         """For each flag: whether any process has it. The answers come at the same step for all."""
         if self.size == 1:
             return [bool(flag) for flag in flags]
+        # All flags in one message: on a network it is their number that costs.
         votes = torch.tensor([bool(flag) for flag in flags], dtype=torch.uint8)  # on the CPU
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return [bool(vote) for vote in votes.tolist()]
@@ -5086,6 +5090,7 @@ def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
         for number in itertools.count(1):
             end = f"-{number}" if number > 1 else ""
             path = wanted.with_name(f"{wanted.stem}{end}{wanted.suffix}")
+            # Made at once, not looked for first: two runs may start together.
             with contextlib.suppress(FileExistsError):
                 make(path)
                 return path
@@ -5153,6 +5158,7 @@ def run_lock(run: Path) -> Iterator[None]:
     """Only one process writes into a run folder."""
     from filelock import FileLock, Timeout
     try:
+        # The system takes it away when the process dies, however it dies.
         with FileLock(run / ".lock", timeout=0):
             yield
     except Timeout as problem:
@@ -5177,6 +5183,7 @@ def write_tables(folder: Path, evaluation: Evaluation) -> None:
     write_csv(folder / "predictions.csv", evaluation.predictions, float_format="%.6f")
     write_csv(folder / "classes.csv", evaluation.by_class)
     write_csv(folder / "faults.csv", evaluation.named_issues)
+    # In the layout that everybody knows.
     text = skmetrics.classification_report(
         evaluation.y, evaluation.predicted, labels=range(len(evaluation.classes)),
         target_names=evaluation.classes, digits=4, zero_division=0)
