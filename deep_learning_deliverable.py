@@ -38,8 +38,8 @@ Contents, with the line where each section begins:
     11  Report ....................... 4555
     12  Runs ......................... 5064
     13  Using a model ................ 5758
-    14  Search and notebook .......... 6351
-    15  Command line ................. 6818
+    14  Search and notebook .......... 6352
+    15  Command line ................. 6825
 """
 
 # /// script
@@ -942,7 +942,7 @@ def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context:
             shown = mark
             loss, accuracy = (state.sums * (machine.group.size / state.seen)).tolist()
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}")
-        context.checkpointer.after_step(state, machine.group, config.lr)
+        context.checkpointer.after_step(state, machine.group)
 
 
 def train_step(state: TrainState, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
@@ -1190,7 +1190,7 @@ class Checkpointer:
         # With the defaults and the real data 0.2 to 1.5 % of the training time goes into saving.
         self.cost = self.saved_at - started
 
-    def after_step(self, state: TrainState, group: DistributedContext, lr: float) -> None:
+    def after_step(self, state: TrainState, group: DistributedContext) -> None:
         """Save if it is time to; end if asked to. A broken state is neither saved nor used."""
         due = self.path is not None and time.perf_counter() - self.saved_at > self.every
         # A signal may reach any of the processes; all have to stop at the same step.
@@ -1199,7 +1199,7 @@ class Checkpointer:
         if stop or due or state.noise.device.type == "cpu":
             broken, = group.any(not state.sums[0].isfinite())
             if broken:
-                raise Diverged(state.epoch + 1, lr)
+                raise Diverged(state.epoch + 1, state.optimizer.defaults["lr"])
         if stop or due:
             self.save(state, group)
         if stop:
@@ -1717,7 +1717,7 @@ def spread_map(cam: Tensor, side: int) -> Tensor:  # [B, h, h] -> [B, side, side
 
 
 def layer_cams(model: nn.Module, x: Tensor, label: Tensor,
-                  layers: list[nn.Module]) -> list[Tensor]:
+               layers: list[nn.Module]) -> list[Tensor]:
     """What each place of these layers adds to `label` against the others: [B, h, h] a layer.
 
     Grad-CAM (Selvaraju et al. 2017). In the first layer each place is weighed by its own gradient
@@ -2689,7 +2689,7 @@ def initialize_embedding(model: TextNet, samples: TextData, data: Dataset) -> st
     labelled, text = samples.tokens.of(train)
     # What each word says by itself need not be found out by the first epoch.
     leanings = class_log_ratios(samples.table[labelled].long(), text, data.labels[train], known,
-                              len(data.meta["classes"]))[:, :WORD_DIM // 2]
+                                len(data.meta["classes"]))[:, :WORD_DIM // 2]
     with torch.no_grad():
         # Some chance stays: words with the same neighbours must be told apart.
         weight = model.embedding.weight.mul_(0.2)
@@ -5288,7 +5288,7 @@ class TensorBoard:
 
 
 def resolve_config_and_data(given: Meta, saved: Meta, log: Log,
-             group: DistributedContext) -> tuple[Config, Machine, RawData]:
+                            group: DistributedContext) -> tuple[Config, Machine, RawData]:
     """A device, a data set as it comes, and the settings that suit both."""
     config = resolve_config(given, saved)
     machine = start_machine(config, group)
@@ -6096,6 +6096,7 @@ TEMPLATES["served"] = """{% extends "page" %}{% block body %}
   #drop { display: block; padding: 1.4rem; border: 2px dashed var(--line); }
   #error::first-letter { text-transform: uppercase; }
   #bars, #bars td:nth-child(2), meter { width: 100%; }
+  #bars td { overflow-wrap: break-word; }  /* else wide bars leave names one letter */
 </style>
 <select id="run" aria-label="Run" {{ "hidden" if names|length == 1 }}>
 {% for name in names %}<option {{ "selected" if name == run.name }}>{{ name }}</option>{% endfor %}
@@ -6557,26 +6558,32 @@ def open_storage(url: str | None) -> Iterator[Any]:
     import optuna
     import sqlalchemy
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     storage = None
-    try:
-        for attempt in (1, 2) if url is not None else ():
-            try:  # signs of life: what a killed process left behind is given up after 30 seconds
-                storage = optuna.storages.RDBStorage(
-                    str(url), heartbeat_interval=5, grace_period=30)
-                break
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if url is None:
+            yield None
+            return
+        # Signs of life: what a killed process left behind is given up after 30 seconds.
+        open_it = functools.partial(optuna.storages.RDBStorage, url, heartbeat_interval=5,
+                                    grace_period=30)
+        try:
+            try:
+                storage = open_it()
             except sqlalchemy.exc.SQLAlchemyError:  # another process may have made the same tables
-                if attempt == 2:
-                    raise
                 time.sleep(1)
-        yield storage
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as problem:
-        address = re.sub(r"://[^@/]*@", "://...@", str(url))  # without a password
-        advice = ("what was tried is kept, and the same command goes on with it" if storage
-                  else "give a database, as sqlite:///study.db")
-        cause = getattr(problem.__cause__ or problem, "orig", problem.__cause__ or problem)
-        raise (Failure if storage else UsageError)(
-            f"--storage {address}: {str(cause).splitlines()[0]}; {advice}") from None
+                storage = open_it()
+            yield storage
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError,
+                ImportError) as problem:
+            if storage and isinstance(problem, ImportError):  # a driver's comes at the opening
+                raise
+            address = re.sub(r"://[^@/]*@", "://...@", url)  # without a password
+            advice = ("what was tried is kept, and the same command goes on with it" if storage
+                      else "give a database, as sqlite:///study.db")
+            cause = getattr(problem.__cause__ or problem, "orig", problem.__cause__ or problem)
+            raise (Failure if storage else UsageError)(
+                f"--storage {address}: {str(cause).splitlines()[0]}; {advice}") from None
 
 
 def search(wanted: int, url: str | None, given: Meta, log: Log) -> Path:

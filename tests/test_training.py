@@ -70,10 +70,10 @@ class Stopping(dld.Checkpointer):
         super().__init__(path)
         self.steps = steps
 
-    def after_step(self, state, group, lr):
+    def after_step(self, state, group):
         self.steps -= 1
         self.interrupt.requested = self.steps == 0
-        super().after_step(state, group, lr)
+        super().after_step(state, group)
 
 
 @pytest.mark.parametrize("task", RAW)
