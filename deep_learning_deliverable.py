@@ -26,20 +26,20 @@ TrainState in 4; a new task is an entry of TASKS in 8; write_figures in 12 has e
 Contents, with the line where each section begins:
 
      1  Head ........................... 59
-     2  Config ........................ 189
-     3  Models ........................ 407
-     4  Training ...................... 773
-     5  Evaluation ................... 1218
-     6  Explanations ................. 1672
-     7  Data ......................... 1908
-     8  Tasks ........................ 3483
-     9  Machine ...................... 3728
-    10  Figures ...................... 4258
-    11  Report ....................... 4555
-    12  Runs ......................... 5064
-    13  Using a model ................ 5758
-    14  Search and notebook .......... 6352
-    15  Command line ................. 6825
+     2  Config ........................ 191
+     3  Models ........................ 413
+     4  Training ...................... 784
+     5  Evaluation ................... 1265
+     6  Explanations ................. 1766
+     7  Data ......................... 2002
+     8  Tasks ........................ 3714
+     9  Machine ...................... 3974
+    10  Figures ...................... 4587
+    11  Report ....................... 4884
+    12  Runs ......................... 5417
+    13  Using a model ................ 6205
+    14  Search and notebook .......... 6852
+    15  Command line ................. 7326
 """
 
 # /// script
@@ -68,6 +68,7 @@ import asyncio
 import base64
 import codecs
 import contextlib
+import contextvars
 import copy
 import csv
 import ctypes
@@ -92,6 +93,7 @@ import pickle
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -107,7 +109,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,7 +151,7 @@ else:
     pd, stats, skmetrics = Lazy("pandas"), Lazy("scipy.stats"), Lazy("sklearn.metrics")
 
 VERSION = "0.2"
-MODEL_FORMAT, STATE_FORMAT = 7, 7  # of model.pt and checkpoint.pt; others are refused
+MODEL_FORMAT, STATE_FORMAT = 8, 8  # of model.pt and checkpoint.pt; others are refused
 IMPORT_SECONDS = time.perf_counter() - STARTED  # they belong to the time that a run takes
 
 # -- errors --------------------------------------------------------------------------------------
@@ -289,6 +291,9 @@ class Config:
         if self.budget:
             parse_seconds(self.budget)
         parse_seconds(self.checkpoint_every, "--checkpoint-every")
+        if 0 < self.image_size < 4:
+            raise UsageError(f"--image-size {self.image_size}: must be at least 4 (0: the "
+                             "pictures' own)")
         if self.folds == 1:
             raise UsageError("--folds 1: cross-validation needs at least 2 folds (0: none)")
         for flag, meant in (("--budget", self.budget), ("--patience", self.patience),
@@ -364,7 +369,8 @@ def adapt_to_size(kind: str, recipe: dict[str, Any], samples: int, side: int) ->
                 "epochs": max(epochs, min(15, 12_000 // samples)), "schedule": "cosine"}
     # 1,440 pictures, validation, one run each: 60 epochs 74.0 %, 30 epochs 72.0 %, batches of 32
     # 71.7 %. Larger pictures take smaller batches, for the memory's sake.
-    batch = max(16, recipe.get("batch_size", Config.batch_size) * 32**2 // max(32, side) ** 2)
+    batch = max(min(16, 2**22 // max(1, side) ** 2),
+                recipe.get("batch_size", Config.batch_size) * 32**2 // max(32, side) ** 2)
     adapted = {"batch_size": min(batch, max(16, samples // 20)),
                "epochs": min(5 * epochs, max(epochs, 90_000 // samples))}
     return adapted | ({"width": 32} if recipe is RECIPES["fast"] else {})
@@ -445,7 +451,8 @@ class FastNet(nn.Module):
         layers: list[nn.Module] = [first, nn.SiLU()]
         channels = first.out_channels
         for width in (meta["width"], 4 * meta["width"], 4 * meta["width"]):
-            for pool in (nn.MaxPool2d(2), nn.Identity()):
+            # Three halvings of fewer than 9 pixels would leave nothing.
+            for pool in (nn.MaxPool2d(2, ceil_mode=meta["side"] < 9), nn.Identity()):
                 convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
                 # At first, what comes in also goes out: worth 0.2 points.
                 nn.init.dirac_(convolution.weight[:channels])
@@ -472,6 +479,10 @@ def classic_cnn(meta: Meta) -> nn.Module:
                    nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True)]
         channels = width
     side = math.ceil(meta["side"] / 16)  # after four halvings
+    if side > 4:  # of pictures over 64 pixels: the connected layers would be most of the network
+        pool = math.ceil(side / 4)
+        layers.append(nn.AvgPool2d(pool, ceil_mode=True))
+        side = math.ceil(side / pool)
     return nn.Sequential(
         *layers, nn.Flatten(), nn.Dropout(meta["dropout"] / 2),
         nn.Linear(256 * side * side, 512), nn.ReLU(), nn.Dropout(meta["dropout"]),
@@ -816,9 +827,10 @@ class TrainState:
     best: dict[str, float] = field(default_factory=dict)  # the best of these rows
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     best_logits: Tensor = field(default_factory=lambda: torch.empty(0))  # of the validation part
+    origin: dict[str, Any] = field(default_factory=dict)  # the settings and data that it is of
 
     PLAIN = ("epoch_start", "epoch", "step", "seen", "budget", "spent", "seconds", "seconds_data",
-             "plateau", "history", "best", "best_weights", "best_logits")
+             "plateau", "history", "best", "best_weights", "best_logits", "origin")
     STATEFUL = ("model", "optimizer", "scaler")
 
     def capture(self, group: DistributedContext) -> dict[str, Any]:
@@ -927,7 +939,7 @@ def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context:
         shard = machine.group.shard(len(where))
         started = time.perf_counter()
         x = data.samples.batch(rows[where], state.noise, state.epoch, shard)
-        y = targets[where[shard].to(machine.device)]
+        y = data.shares(targets[where[shard].to(machine.device)])
         state.seconds_data += time.perf_counter() - started
         rate = learning_rate(config, (before + state.seen) / total, state.plateau)
         # DistributedDataParallel averages over processes, whose shards may differ by a sample.
@@ -954,8 +966,12 @@ def train_step(state: TrainState, forward: Callable[[Tensor], Tensor], x: Tensor
     try:
         with machine.autocast():
             logits = forward(x)
+        # Smoothed first, then weighed: PyTorch's own smoothing would give a common class much of
+        # the weight back that --class-weights takes from it.
+        smoothing = config.label_smoothing
+        y = y * (1 - smoothing) + y.sum(1, keepdim=True) * (smoothing / y.shape[1])
         # The loss is computed outside autocast: its small differences need float32's digits.
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=config.label_smoothing)
+        loss = F.cross_entropy(logits.float(), y)
         state.scaler.scale(loss * weight).backward()
     except RuntimeError as problem:
         if not is_out_of_memory(problem):
@@ -978,16 +994,24 @@ def is_out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "out of memory" in str(problem).lower()
 
 
+def judged_by(class_weights: str) -> str:
+    """The column of the history that says which epoch is the best."""
+    return "val_balanced_accuracy" if class_weights == "balanced" else "val_accuracy"
+
+
 def close_epoch(state: TrainState, context: Context) -> None:
     """Validate; the validation part alone decides whether this epoch is the best so far."""
     started, data, group = time.perf_counter(), context.data, context.machine.group
     rows = data.parts["val"]
     loss, accuracy = (group.sum(state.sums) / state.seen).tolist()
     logits = predict_logits(state.model, data.samples, rows, context.machine)
-    val_loss = val_accuracy = math.nan
+    val_loss = val_accuracy = balanced = math.nan
     if len(rows):
-        val_loss = float(F.cross_entropy(logits, data.labels[rows]))
-        val_accuracy = float((logits.argmax(1) == data.labels[rows]).double().mean())
+        y = data.labels[rows]
+        right = (logits.argmax(1) == y).double()
+        val_loss, val_accuracy = float(F.cross_entropy(logits, y)), float(right.mean())
+        # The mean over the classes that occur of how many of each are right.
+        balanced = float((y.bincount(weights=right) / y.bincount()).nanmean())
     if not math.isfinite(loss) or (len(rows) and not math.isfinite(val_loss)):
         raise Diverged(state.epoch + 1, context.config.lr)
     # From here on a checkpoint is one between two epochs.
@@ -998,11 +1022,11 @@ def close_epoch(state: TrainState, context: Context) -> None:
     state.history.append({
         "epoch": state.epoch, "seconds": round(state.seconds, 3), "train_loss": loss,
         "train_accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
+        "val_balanced_accuracy": balanced,
         "learning_rate": state.optimizer.param_groups[0]["lr"]})
-    best = state.best
+    best, now, judge = state.best, state.history[-1], judged_by(context.config.class_weights)
     # Without a validation part nothing can be chosen: the last epoch counts.
-    if not (best and len(rows)) or (val_accuracy, -val_loss) > (best["val_accuracy"],
-                                                               -best["val_loss"]):
+    if not (best and len(rows)) or (now[judge], -val_loss) > (best[judge], -best["val_loss"]):
         state.best, state.best_logits = dict(state.history[-1]), logits
         state.best_weights = {name: value.detach().cpu().clone()
                               for name, value in state.model.state_dict().items()}
@@ -1134,7 +1158,7 @@ def learning_rate(config: Config, done: float, plateau: float) -> float:
 def load_file(path: Path, version: int = MODEL_FORMAT) -> dict[str, Any]:
     """A model.pt, checkpoint.pt or folds.pt, never executing code; or one clear line."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(io.BytesIO(read_bytes(path))) as file:
             if damaged := file.testzip():  # PyTorch writes checksums, and does not look at them
                 raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
         values = torch.load(path, map_location="cpu", weights_only=True)
@@ -1151,11 +1175,34 @@ def load_file(path: Path, version: int = MODEL_FORMAT) -> dict[str, Any]:
     return values
 
 
-def save_file(path: Path, values: dict[str, Any]) -> None:
-    """Tensors and plain Python only, so that loading never runs code."""
+# What a model.pt says of its network besides what building it asks for.
+MODEL_KEYS = {"task", "kind", "dataset", "stand_in", "classes", "model", "width", "columns", "seen",
+              "temperature", "reference", "fingerprint"}
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """A model.pt whose numbers can be meant; or one clear line."""
+    saved = load_file(path)
+    try:
+        meta, weights = saved["meta"], saved["weights"]
+        reference = np.concatenate([*meta["reference"].values()])
+        sound = (meta.keys() >= MODEL_KEYS and 0 < meta["temperature"] < math.inf
+                 and all(isinstance(name, str) for name in meta["classes"])
+                 and np.isfinite(reference).all()
+                 and all(bool(value.isfinite().all()) for value in weights.values()))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise UsageError(f"{path}: something in it is missing, or no number; train the model again")
+    return saved
+
+
+def save_file(path: Path, values: dict[str, Any]) -> int:
+    """Tensors and plain Python only, so that loading never runs code; how many bytes they are."""
     whole = io.BytesIO()  # torch.save would hide why a file cannot be written
     torch.save(values, whole)
     write_atomically(path, lambda part: part.write_bytes(whole.getbuffer()))
+    return len(whole.getbuffer())
 
 
 class Checkpointer:
@@ -1276,19 +1323,27 @@ def count_confusions(y: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
     return (y * classes + predicted).bincount(minlength=classes ** 2).view(classes, classes).numpy()
 
 
-def macro_f1(matrix: np.ndarray) -> np.ndarray:
-    """Mean F1 over the classes that occur, of each of many confusion matrices [..., K, K]."""
-    right = matrix.diagonal(axis1=-2, axis2=-1)
-    there = matrix.sum(-1) + matrix.sum(-2)
+def macro_f1(right: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """Mean F1 over the classes that occur [..., K]: how many are right; are true plus predicted."""
     return (2 * right / there.clip(1)).sum(-1) / (there > 0).sum(-1)
 
 
 def bootstrap_f1(matrix: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     """95 % interval of the macro-F1: test sets drawn anew, for which the matrix stands."""
-    # Drawing cells by their shares is drawing samples with replacement, without a loop.
-    n, random = int(matrix.sum()), np.random.default_rng(0)
-    drawn = random.multinomial(n, matrix.ravel() / n, draws).reshape(draws, *matrix.shape)
-    low, high = np.quantile(macro_f1(drawn), (0.025, 0.975))
+    # Drawing cells by their shares is drawing samples with replacement, without a loop. Empty ones
+    # are left out, and some are drawn at a time: a thousand classes have a million cells.
+    from scipy.sparse import csr_matrix
+    n, random, found = int(matrix.sum()), np.random.default_rng(0), []
+    true, predicted = matrix.nonzero()
+    cells, ones = np.arange(len(true)), np.ones(len(true))
+    shape, hit = (len(true), len(matrix)), true == predicted
+    by_true, by_predicted = (csr_matrix((ones, (cells, names)), shape)
+                             for names in (true, predicted))
+    by_right = csr_matrix((ones[hit], (cells[hit], true[hit])), shape)
+    for some in np.array_split(np.arange(draws), math.ceil(draws * sum(shape) / 4_000_000)):
+        drawn = random.multinomial(n, matrix[true, predicted] / n, len(some))
+        found.append(macro_f1(drawn @ by_right, drawn @ by_true + drawn @ by_predicted))
+    low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -1315,8 +1370,9 @@ def measure(logits: Tensor, y: Tensor, temperature: float = 1.0) -> dict[str, fl
     low, high = wilson(int(right.sum()), len(y))
     matrix = count_confusions(y, predicted, logits.shape[1])
     f1_low, f1_high = bootstrap_f1(matrix)
+    f1 = macro_f1(matrix.diagonal(), matrix.sum(0) + matrix.sum(1))
     found = {"test_accuracy": float(right.double().mean()), "test_accuracy_low": low,
-             "test_accuracy_high": high, "test_macro_f1": float(macro_f1(matrix)),
+             "test_accuracy_high": high, "test_macro_f1": float(f1),
              "test_macro_f1_low": f1_low, "test_macro_f1_high": f1_high}
     auc = measure_classes(predicted, y, probs)["auc"].mean()
     if not math.isnan(auc):
@@ -1357,6 +1413,26 @@ def confused_pairs(matrix: np.ndarray, most: int = 5) -> list[tuple[int, int, in
     return [(*divmod(int(i), len(matrix)), int(wrong.flat[i])) for i in places if wrong.flat[i]]
 
 
+def condense(matrix: np.ndarray, classes: list[str],
+             most: int = 20) -> tuple[np.ndarray, list[str]]:
+    """Of more than 40 classes, those with the most mistakes; all others as one."""
+    if len(classes) <= 40:
+        return matrix, classes
+    wrong = matrix.sum(0) + matrix.sum(1) - 2 * matrix.diagonal()
+    chosen = np.sort(wrong.argsort(kind="stable")[-most:])
+    place = np.full(len(classes), most)
+    place[chosen] = np.arange(most)
+    small = np.zeros((most + 1, most + 1), matrix.dtype)
+    np.add.at(small, (place[:, None], place[None]), matrix)
+    return small, [*(classes[i] for i in chosen), f"{len(classes) - most} others"]
+
+
+def probability_columns(probs: Tensor, classes: Sequence[str]) -> pd.DataFrame:
+    """A column for each class; of more than 100 the table would be too large for any program."""
+    some = classes if len(classes) <= 100 else []
+    return pd.DataFrame(probs[:, :len(some)].numpy(), columns=[f"p_{name}" for name in some])
+
+
 # -- drift ---------------------------------------------------------------------------------------
 
 
@@ -1394,15 +1470,21 @@ def issue(fault: str, part: str, row: int, label: int, other_row: int = -1, othe
             "other_class": other_class, "value": value}
 
 
-def find_repeats(data: Dataset, prints: dict[str, list[bytes]]) -> list[dict[str, Any]]:
-    """Exact copies of an earlier sample; training and validation come before the test part."""
-    found, seen, labels = [], dict[bytes, int](), data.labels.tolist()
+def find_repeats(data: Dataset, prints: dict[str, Tensor], before: Tensor) -> list[dict[str, Any]]:
+    """Exact copies of an earlier sample; training and validation come before the test part.
+
+    And test samples that --init's network had learnt `before`.
+    """
+    found, seen, labels = [], dict[int, int](), data.labels.tolist()
+    learnt = {*before.tolist()}
     # In this order, so that a test sample is the copy and the training sample the original.
     for part in PARTS:
-        for row, mark in zip(data.parts[part].tolist(), prints[part], strict=True):
+        for row, mark in zip(data.parts[part].tolist(), prints[part].tolist(), strict=True):
             first = seen.setdefault(mark, row)
             if first != row:
                 found.append(issue("repeat", part, row, labels[row], first, labels[first]))
+            elif part == "test" and mark in learnt:
+                found.append(issue("learnt by --init", part, row, labels[row]))
     return found
 
 
@@ -1415,7 +1497,20 @@ def find_near_repeats(data: Dataset, exact: set[int]) -> list[dict[str, Any]]:
             for row, other, value in (data.samples.near_repeats(rows, seen) if len(rows) else [])]
 
 
-def find_suspect_labels(rows: Tensor, y: Tensor, probs: Tensor) -> list[dict[str, Any]]:
+def most_wrong_labels(y: Tensor, probs: Tensor) -> int:
+    """How many labels may be wrong at most, were they wrong at random.
+
+    The surest predictions would contradict as large a share of their labels as all others; so the
+    least share found, at the upper end of its interval, counts for all. A weak network contradicts
+    many more, and it is the network that errs.
+    """
+    order = probs.amax(1).argsort(descending=True, stable=True)
+    contradicted = (probs.argmax(1) != y)[order]
+    sizes = {max(min(50, len(y)), int(len(y) * share)) for share in (0.05, 0.1, 0.25, 0.5)}
+    return math.ceil(len(y) * min(wilson(int(contradicted[:n].sum()), n)[1] for n in sizes))
+
+
+def find_suspect_labels(rows: Tensor, part: str, y: Tensor, probs: Tensor) -> list[dict[str, Any]]:
     """Labels that predictions made without them contradict, the surest first.
 
     Suspect is who is held for another class as surely as that one's own samples usually are
@@ -1427,7 +1522,7 @@ def find_suspect_labels(rows: Tensor, y: Tensor, probs: Tensor) -> list[dict[str
     sure, other = probs.max(1)
     doubtful = (other != y) & (sure >= usual[other])
     margin = sure - probs.gather(1, y[:, None])[:, 0]
-    return [issue("suspect label", "train", int(rows[i]), int(y[i]), other_class=int(other[i]),
+    return [issue("suspect label", part, int(rows[i]), int(y[i]), other_class=int(other[i]),
                   value=float(sure[i]))
             for i in margin.argsort(descending=True, stable=True).tolist() if doubtful[i]]
 
@@ -1443,7 +1538,8 @@ def measure_issues(data: Dataset, issues: pd.DataFrame, right: Tensor) -> dict[s
 
     seen = torch.cat((data.parts["train"], data.parts["val"])).tolist()
     repeats = issues[issues["fault"] == "repeat"]
-    leaked = {*repeats[(repeats["part"] == "test") & repeats["other_row"].isin(seen)]["row"]}
+    leaked = {*repeats[(repeats["part"] == "test") & repeats["other_row"].isin(seen)]["row"],
+              *issues[issues["fault"] == "learnt by --init"]["row"]}
     near = leaked | {*issues[issues["fault"] == "near repeat"]["row"]}
     return {"test_repeats": len(leaked), "test_accuracy_without_repeats": accuracy_without(leaked),
             "train_repeats": tally("repeat", "train", "val"),
@@ -1451,7 +1547,6 @@ def measure_issues(data: Dataset, issues: pd.DataFrame, right: Tensor) -> dict[s
             "repeats_with_other_label": int((repeats["label"] != repeats["other_class"]).sum()),
             "near_repeats": len(near) - len(leaked),
             "test_accuracy_without_near_repeats": accuracy_without(near),
-            "suspect_labels": tally("suspect label", "train"),
             "empty_samples": tally("empty", *PARTS)}
 
 
@@ -1645,8 +1740,7 @@ class Evaluation:
         table = pd.DataFrame({
             "row": self.rows, "true": names[self.y], "predicted": names[self.predicted],
             "confidence": self.confidence.numpy().round(6), "correct": self.right.int()})
-        probs = pd.DataFrame(self.probs.numpy().round(6), columns=[f"p_{c}" for c in names])
-        table = pd.concat((table, probs), axis=1)
+        table = table.join(probability_columns(self.probs, self.classes).round(6))
         return table.assign(name=self.data.names_of(self.rows)) if self.data.names else table
 
     @property
@@ -1927,7 +2021,7 @@ class RawData:
     n_val: int = 0  # the last of the training rows, which somebody chose for validation
     names: Sequence[str] = ()  # of each row, in the user's own data
     skipped: Sequence[tuple[str, str]] = ()  # what could not be used, and why
-    text_column: str = ""  # of the user's table
+    columns: tuple[str, str] = ("", "")  # of the user's table: with the text, and the class
     packed: Any = None  # x as one array, once that has been made
 
 
@@ -1947,16 +2041,21 @@ class Dataset:
     class_weight: Tensor = field(default_factory=lambda: torch.ones(()))
 
     def epoch_targets(self, epoch: int, epochs: int) -> tuple[Tensor, Tensor]:
-        """What an epoch (from 0) of so many trains on: rows, and each row's truth as shares.
+        """What an epoch (from 0) of so many trains on: rows, and each row's label or shares.
 
         The last epoch reads the labelled rows; so do those before, unless there are others.
         """
         if len(self.unlabelled) and epoch < epochs - 1:
             return (self.unlabelled.tensor_split(epochs - 1)[epoch],
                     self.pseudo_labels.tensor_split(epochs - 1)[epoch])
-        rows = self.parts["train"]
-        truth = F.one_hot(self.labels[rows], len(self.meta["classes"]))
-        return rows, (truth * self.class_weight).float()
+        return self.parts["train"], self.labels[self.parts["train"]]
+
+    def shares(self, targets: Tensor) -> Tensor:
+        """The truth as shares of the classes [B, K]; of labels, made when a batch needs them."""
+        if targets.ndim == 2:
+            return targets
+        truth = F.one_hot(targets, len(self.meta["classes"]))
+        return (truth * self.class_weight.to(targets.device)).float()
 
     def samples_until(self, done: int, epochs: int) -> int:
         """How many samples the first `done` of so many epochs train on."""
@@ -1974,7 +2073,16 @@ class Dataset:
         """Size and fingerprint of each part: the same numbers mean the same split."""
         sizes = {f"{part}_samples": len(rows) for part, rows in self.parts.items()}
         return sizes | {f"{part}_rows_sha256": short_hash(self.parts[part].numpy().astype("<i8"))
-                        for part in PARTS}
+                        for part in PARTS} | {"data_fingerprint": self.fingerprint}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of samples, classes and split: on others no run goes on, or is measured again."""
+        mark = hashlib.blake2b(json.dumps(self.meta["classes"]).encode(), digest_size=8)
+        for x in (self.labels.numpy(), *(rows.numpy() for rows in self.parts.values()),
+                  *self.samples.arrays()):
+            mark.update(np.ascontiguousarray(x).data)
+        return mark.hexdigest()
 
 
 def short_hash(content: Any) -> str:
@@ -2087,13 +2195,14 @@ class SampleData:
     shown = (24, 12, 4)  # in a figure; explained at random; explained of the mistakes
     tested, test_cost = 100, 80  # explanations put to the test; predictions that one takes
     tta_margin = 0.0  # where the best logit leads by less, views are averaged
-    # pack(x): samples as they come, as one array.
+    # pack(x): samples as they come, as one array. arrays(): all that a network can see of them.
     # fit_preprocessing(packed, rows, config): what the training rows teach.
     # plan(rows, size, order): positions in `rows`, batch by batch.
     # batch(rows, noise, epoch, shard): the model's input. show(row): to look at.
     # near_repeats(rows, among): (row, other row, likeness). blank_rows(rows): what holds nothing.
     # statistics(rows): numbers of each sample, whose distribution may drift.
-    # read_inputs(argument, meta): names and samples of a --predict argument, or problems.
+    # read_inputs(argument, meta): what a --predict argument stands for.
+    # read_labelled(config, meta, say): the user's data with its classes, and what is none of it.
     # decode_request(sent, meta): a sample that a stranger sent to the server.
 
     def __len__(self) -> int:
@@ -2104,10 +2213,11 @@ class SampleData:
         shown: Any = self.show(row)  # type: ignore[attr-defined]
         return shown.encode("utf-8", "surrogatepass") if isinstance(shown, str) else shown.tobytes()
 
-    def identities(self, rows: Tensor) -> list[bytes]:
+    def identities(self, rows: Tensor) -> Tensor:  # int64 [len(rows)]
         """A fingerprint for each sample, equal for samples that are the same."""
-        return [hashlib.blake2b(self.content(row), digest_size=16).digest()
-                for row in rows.tolist()]
+        marks = (hashlib.blake2b(self.content(row), digest_size=8).digest()
+                 for row in rows.tolist())
+        return torch.tensor(np.frombuffer(b"".join(marks), "<i8"))
 
     def prepare(self, model: nn.Module, data: Dataset) -> str:
         """What is done before the first step; says so."""
@@ -2160,6 +2270,9 @@ class ImageData(SampleData):
             products, sums = products + patches @ patches.T, sums + patches.sum(1)
             n += patches.shape[1]
         return meta | {"patches": (products / n - torch.outer(sums, sums) / n**2).tolist()}
+
+    def arrays(self) -> list[np.ndarray]:
+        return [self.pixels.cpu().numpy()]
 
     def to(self, device: torch.device) -> ImageData:
         """Move all to the device, but pictures only where they leave half of its memory free."""
@@ -2275,7 +2388,7 @@ class ImageData(SampleData):
                    for i, some in enumerate(names)]
         path = path.with_suffix(".png")
         plot_maps([self.show(row) for row in rows.tolist()], verdicts, dressed, path, title)
-        return {"kind": "figure", "png": path.read_bytes(), "name": path.stem}
+        return figure_block(path, "") or text_block("This figure could not be written.")
 
     def explain_for_server(self, model: nn.Module, rows: Tensor,
                            label: Tensor) -> list[dict[str, Any]]:
@@ -2297,27 +2410,38 @@ class ImageData(SampleData):
         return read_picture(io.BytesIO(sent), meta, COMMON_FORMATS, MAX_PIXELS // 2)
 
     @staticmethod
-    def read_inputs(argument: Any, meta: Meta) -> Iterator[tuple[str, Any]]:
+    def read_all(sources: Sequence[Any], meta: Meta) -> Iterator[Any]:
+        """Each picture, or why it cannot be read."""
         def read(source: Any) -> Any:
             try:
                 return read_picture(source, meta)
             except UnreadableSample as problem:
                 return problem
 
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            for first in range(0, len(sources), 256):  # not all: what is decoded fills memory
+                yield from pool.map(read, sources[first:first + 256])
+
+    @classmethod
+    def read_inputs(cls, argument: Any, meta: Meta) -> Iterator[Given]:
         if not isinstance(argument, str):
-            yield type(argument).__name__, read(argument)
+            yield from (Given(type(argument).__name__, x) for x in cls.read_all([argument], meta))
             return
         place = Path(argument)
         if not place.exists():
             raise UsageError(f"--predict {argument}: no such file; this run's model reads pictures")
         files = [place]
         if place.is_dir():
-            files = sorted(path for path in place.rglob("*")
-                           if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-            for first in range(0, len(files), 256):  # some at a time: what is decoded fills memory
-                some = files[first:first + 256]
-                yield from zip(map(str, some), pool.map(read, some), strict=True)
+            files = [path for path in list_files(place)
+                     if path.suffix.lower() in PICTURE_ENDINGS and path.is_file()]
+        yield from map(Given, map(str, files), cls.read_all(files, meta))
+
+    @classmethod
+    def read_labelled(cls, config: Config, meta: Meta, say: Any) -> tuple[Iterator[Given], Skipped]:
+        found, skipped = list_pictures(config)
+        samples = cls.read_all([one.content for one in found], meta)
+        return (Given(one.name, x, one.label) for one, x in zip(found, samples, strict=True)
+                ), skipped
 
 
 def memory_chunks(rows: Tensor, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -2355,15 +2479,19 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
             if source.dtype != np.uint8:
                 raise ValueError(f"an array of {source.dtype}; give uint8, 0 to 255")
             source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
+        if isinstance(source, str | os.PathLike):
+            source = io.BytesIO(read_bytes(Path(source)))
         with (source.copy() if isinstance(source, Image.Image)
               else Image.open(source, formats=formats)) as file:
             if file.width * file.height > max_pixels:
                 raise ValueError(f"{file.width} x {file.height} pixels, at most {max_pixels:,}")
             file.draft("RGB", (2 * side, 2 * side))  # decodes a JPEG at a fraction of its size
+            deep = re.search("RGBA?;16", str(getattr(file, "tile", "")))
             picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith("I;16") or picture.mode == "I":
-                values = (np.asarray(picture) / 257).clip(0, 255)
-                picture = Image.fromarray(values.astype(np.uint8))
+            if picture.mode[0] in "IF":
+                picture = Image.fromarray(eight_bits(np.asarray(picture)))
+            elif deep and np.asarray(picture.convert("RGB")).max() < 64:
+                raise ValueError("16-bit colours that are nearly black: save them with 8 bits")
             clear = "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA")
             picture = picture.convert("RGBA" if clear else "L" if grey else "RGB")
     except FileNotFoundError as problem:
@@ -2382,6 +2510,20 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
     return 255 - x if meta["light_on_dark"] and border > 127 else x
 
 
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of more than 8 bits, by what the file holds: 0 to 1, or 8, 10, 12, 14, 16 bits.
+
+    A camera's 12 bits in a file of 16 would otherwise be nearly black.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not 0 <= low <= high < 65536:  # NaN too
+        raise ValueError(f"values from {low:g} to {high:g}, and what is white is not known: save "
+                         "it with 8 bits")
+    white = 1.0 if values.dtype.kind == "f" and high <= 1 else next(
+        2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2 ** bits)
+    return (values / white * 255).astype(np.uint8)
+
+
 # -- texts ---------------------------------------------------------------------------------------
 
 # Scripts that put no spaces between words: Japanese, Chinese, Thai.
@@ -2395,8 +2537,7 @@ GAP = ("…", 0.0)  # in place of words that are left out
 
 def decode(text: bytes) -> str:
     """UTF-8; bytes that are none are taken for Latin-1, one by one."""
-    return re.sub("[\udc80-\udcff]", lambda odd: chr(ord(odd[0]) - 0xDC00),
-                  text.decode("utf-8", "surrogateescape"))
+    return clean(text.decode("utf-8", "surrogateescape"))
 
 
 @dataclass
@@ -2475,6 +2616,10 @@ class TextData(SampleData):
         known = [tokens.words[i] for i in common[counts[common] > 1].tolist() if tokens.words[i]]
         return {"vocabulary": known, "max_tokens": config.max_tokens,
                 "pairs": 2 ** min(18, (8 * (len(known) + 2)).bit_length())}
+
+    def arrays(self) -> list[np.ndarray]:
+        words = "\0".join(self.tokens.words).encode("utf-8", "surrogatepass")
+        return [self.tokens.flat.numpy(), self.tokens.start.numpy(), np.frombuffer(words, np.uint8)]
 
     def to(self, device: torch.device) -> TextData:
         """Move the token array; lengths stay, since batches are planned on the CPU."""
@@ -2650,34 +2795,41 @@ class TextData(SampleData):
                                    '{"text": "a wonderful film"}')
         if len(sent) > MAX_CHARACTERS:
             raise UnreadableSample(f"{len(sent):,} characters; the most are {MAX_CHARACTERS:,}")
-        return sent.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
+        return clean(sent)
 
     @staticmethod
-    def read_inputs(argument: Any, meta: Meta) -> Iterator[tuple[str, Any]]:
+    def read_labelled(config: Config, meta: Meta, say: Any) -> tuple[Iterator[Given], Skipped]:
+        found, skipped, _ = list_texts(config, say, meta["columns"])
+        return (Given(one.name, one.content, one.label) for one in found), skipped
+
+    @staticmethod
+    def read_inputs(argument: Any, meta: Meta) -> Iterator[Given]:
         """The text itself, or the texts of a file, table or folder."""
         if not isinstance(argument, str):
             raise UsageError(f"--predict {type(argument).__name__}: this run's model reads texts")
         place = Path(argument)
         try:
-            kind = "folder" if argument and place.is_dir() else "file" if place.is_file() else ""
+            kind = "" if not argument else "folder" if place.is_dir() else (
+                "file" if place.exists() else "")
         except (OSError, ValueError):
             kind = ""  # a long sentence is no possible file name
         if kind == "folder":
-            yield from ((str(path), read_text(path)) for path in sorted(place.rglob("*.txt")))
+            yield from (Given(str(path), read_text(path)) for path in list_files(place)
+                        if path.suffix == ".txt")
         elif kind and place.suffix.lower() in TABLE_ENDINGS:
             yield from open_table(place, meta)
         elif kind:
-            blob = place.read_bytes()
+            blob = read_bytes(place)
             if b"\0" in blob or place.suffix.lower() in PICTURE_ENDINGS:
                 raise UsageError(f"--predict {argument}: not a text file; this run's model reads "
                                  "texts")
             lines = decode(blob.removeprefix(codecs.BOM_UTF8)).splitlines()
-            yield from ((line, line) for line in lines if line.strip())
+            yield from (Given(line, line) for line in lines if line.strip())
         elif re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
             raise UsageError(f"--predict {argument}: no such file; a sentence is given as it is, "
                              "in quotes")
         else:
-            yield argument, argument
+            yield Given(clean(argument), clean(argument))
 
 
 def initialize_embedding(model: TextNet, samples: TextData, data: Dataset) -> str:
@@ -2936,7 +3088,7 @@ def read_cifar10(config: Config) -> RawData:
     pixels, labels = [], []
     for name in BATCHES:
         with explain_read_errors(inside / name, inside):
-            blob = io.BytesIO((inside / name).read_bytes())
+            blob = io.BytesIO(read_bytes(inside / name))
             batch = BatchUnpickler(blob, encoding="bytes").load()
             y = np.array(batch[b"labels"], dtype=np.int64)
             if not len(y) or not set(y) <= set(range(10)):
@@ -2952,7 +3104,7 @@ def read_cifar10(config: Config) -> RawData:
 def read_idx(path: Path) -> np.ndarray:
     """MNIST's own array format, gzipped or not: two zero bytes, type 8, rank, sizes, bytes."""
     with explain_read_errors(path):
-        blob = path.read_bytes()
+        blob = read_bytes(path)
         blob = gzip.decompress(blob) if path.suffix == ".gz" else blob
         if blob[:3] != b"\0\0\x08":
             raise ValueError("no IDX header")
@@ -2995,7 +3147,7 @@ def file_mark(path: Path) -> str:
 def read_text(path: Path) -> str:
     """One text file; a NUL, which no text has, separates texts in the cache."""
     with explain_read_errors(path):
-        return decode(path.read_bytes()).replace("\0", " ")
+        return decode(read_bytes(path)).replace("\0", " ")
 
 
 def read_imdb(config: Config) -> RawData:
@@ -3033,6 +3185,14 @@ LABEL_COLUMNS = "label class target sentiment category rating stars score y".spl
 Skipped = list[tuple[str, str]]  # names of what cannot be used, and why
 
 
+class Given(typing.NamedTuple):
+    """A sample to predict, or why it cannot be read; its class, where that came with it."""
+
+    name: str
+    sample: Any
+    label: str | None = None
+
+
 @dataclass
 class SampleFile:
     """A sample of the user's before it is read: a file, or a row of a table."""
@@ -3043,19 +3203,26 @@ class SampleFile:
     content: Any  # a path, or the text itself
 
 
-def list_files(folder: Path) -> Iterator[Path]:
-    """All files in a folder and in those inside it, in order."""
-    for path in list_folder(folder):
+def list_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files in a folder and in those inside it, in order; a link that leads back is skipped."""
+    here = folder.resolve()
+    for path in list_folder(folder) if here not in above else ():
         if path.is_dir():
-            yield from list_files(path)
+            yield from list_files(path, (*above, here))
         else:
             yield path
 
 
-def list_samples(root: Path, endings: tuple[str, ...],
-                 what: str) -> tuple[list[SampleFile], Skipped]:
+# What own data may consist of: the endings of its files, what people call them, and the task.
+KINDS = ((PICTURE_ENDINGS, "pictures (.jpg, .jpeg, .jfif, .png ...)", "images"),
+         ((".txt",), "texts (.txt)", "text"))
+
+
+def list_samples(root: Path, kind: int) -> tuple[list[SampleFile], Skipped]:
     """The files of a folder with a folder a class, perhaps inside of train, val and test."""
-    while len(inside := list_folder(root)) == 1 and any(map(Path.is_dir, inside[0].glob("*"))):
+    (endings, what, _), (other_endings, _, other_task) = KINDS[kind], KINDS[1 - kind]
+    while len(inside := list_folder(root)) == 1 and not inside[0].is_symlink() and any(
+            map(Path.is_dir, inside[0].glob("*"))):
         root = inside[0]  # archives often hold one folder around all
     files = [path.relative_to(root) for path in list_files(root)]
     outermost = {path.parts[0].lower() for path in files if len(path.parts) > 2}
@@ -3066,12 +3233,17 @@ def list_samples(root: Path, endings: tuple[str, ...],
         part = PART_NAMES.get(folders.pop(0).lower(), "") if in_parts and folders else ""
         if not folders or (in_parts and not part):
             continue  # it lies beside the folders of the classes
+        called = clean(path.as_posix())
         if not name.lower().endswith(endings):
-            skipped.append((path.as_posix(), f"its ending is not that of {what}"))
+            skipped.append((called, f"its ending is not that of {what}"))
         elif not (root / path).is_file():
-            skipped.append((path.as_posix(), "a link that leads nowhere"))
+            skipped.append((called, "neither a file nor a link to one"))
         else:
-            found.append(SampleFile(path.as_posix(), folders[0], part, root / path))
+            found.append(SampleFile(called, clean(folders[0]), part, root / path))
+    others = sum(path.name.lower().endswith(other_endings) for path in files)
+    if others > 2 * len(found):
+        raise UsageError(f"--data {root}: hardly any {what}, but {others:,} files that fit another "
+                         f"task; try --task {other_task}")
     if not found:
         beside = any(path.name.lower().endswith(endings) for path in inside)
         raise DataError(f"{root} holds {what} but no folder for each class" if beside else
@@ -3160,14 +3332,22 @@ def decode_pictures(found: list[SampleFile], form: Meta, place: Path) -> None:
     np.save(place / "why.npy", [reasons[i] for i in broken])
 
 
-def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
-    """The user's folder of pictures; decoded once, then mapped from the disk."""
+def list_pictures(config: Config) -> tuple[list[SampleFile], Skipped]:
+    """The user's folder of pictures."""
     root = Path(config.data).expanduser()
+    if root.suffix.lower() in TABLE_ENDINGS and root.is_file():
+        raise UsageError(f"--data {root}: a table of texts? Then try --task text")
     if not root.is_dir():
         raise DataMissing(f"--data {root}: " + (
             "a file; unpack it, and give the folder" if root.exists() else "no such folder"))
-    name = root.resolve().name
-    found, skipped = list_samples(root, PICTURE_ENDINGS, "pictures (.jpg, .jpeg, .jfif, .png ...)")
+    return list_samples(root, 0)
+
+
+def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
+    """The user's folder of pictures as a data set; decoded once, then mapped from the disk."""
+    found, skipped = list_pictures(config)
+    root = Path(config.data).expanduser()
+    name = clean(root.resolve().name)
     class_names(name, found)  # refuses a single class before the long work
     found = assign_parts(found, config)
     form = picture_format(found, config)
@@ -3193,23 +3373,31 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
 def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
     """A table, CSV, TSV or JSON lines, its rows numbered from 1; and the lines that are none."""
     with explain_read_errors(path):
-        blob = path.read_bytes()
+        blob = read_bytes(path)
     wide = blob.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = blob.decode("utf-16", "replace") if wide else decode(blob.removeprefix(codecs.BOM_UTF8))
     text, ending = text.replace("\0", " "), path.suffix.lower()
     skipped: Skipped = []
     table = (read_objects(text, skipped) if ending in JSON_ENDINGS
-             else read_cells(text, "\t" if ending == ".tsv" else ",;\t|"))
+             else read_cells(text, "\t" if ending == ".tsv" else ",;\t|", skipped))
     if not len(table):
         raise DataError(f"{path} holds no rows")
     return table, skipped
+
+
+def number_repeats(names: Sequence[str]) -> list[str]:
+    """text, label, text -> text, label, text (2): no column hides another."""
+    return [f"{name} ({n})" if (n := names[:i + 1].count(name)) > 1 else name
+            for i, name in enumerate(names)]
 
 
 def read_objects(text: str, skipped: Skipped) -> pd.DataFrame:
     """JSON objects, one a line or all in one array; a bad line costs itself alone."""
     def parse(line: str) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(line)
+            return json.loads(line, object_pairs_hook=lambda pairs: dict(zip(
+                number_repeats([key for key, _ in pairs]), (value for _, value in pairs),
+                strict=True)))
         return None
 
     rows = parse(text)
@@ -3220,13 +3408,35 @@ def read_objects(text: str, skipped: Skipped) -> pd.DataFrame:
     return pd.DataFrame([*good.values()], [*good], dtype=object)
 
 
-def read_cells(text: str, separators: str) -> pd.DataFrame:
-    """Rows of cells, under the names in the first one, or numbered if that is like the others."""
-    first = next(filter(str.strip, text.splitlines()), "")
+def split_cells(text: str, separator: str, unclosed: dict[int, int]) -> list[list[str]]:
+    """Rows of cells; where a quote is never closed, its line alone: the row's place -> the line."""
     # Not pandas' reader: it loses long cells and all that follows an unclosed quote.
     csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=max(separators, key=first.count))
-    rows = [cells for cells in lines if any(map(str.strip, cells))]
+    lines, rows, first = [*io.StringIO(text, newline="")], list[list[str]](), 0
+    while first < len(lines):
+        reader = csv.reader(itertools.islice(lines, first, None), delimiter=separator)
+        start = first
+        for cells in reader:
+            begin, first = first, start + reader.line_num
+            if first > begin + 1:  # several lines: one cell that holds them, or a quote that ate
+                try:
+                    [*csv.reader(lines[begin:first], delimiter=separator, strict=True)]
+                except csv.Error:
+                    cells, = csv.reader([lines[begin]], delimiter=separator,
+                                        quoting=csv.QUOTE_NONE)
+                    unclosed[len(rows)], first = begin + 1, begin + 1
+                    rows.append(cells)
+                    break
+            if any(map(str.strip, cells)):
+                rows.append(cells)
+    return rows
+
+
+def read_cells(text: str, separators: str, skipped: Skipped) -> pd.DataFrame:
+    """Rows of cells, under the names in the first one, or numbered if that is like the others."""
+    first = next(filter(str.strip, text.splitlines()), "")
+    unclosed: dict[int, int] = {}
+    rows = split_cells(text, max(separators, key=first.count), unclosed)
     if not rows:
         return pd.DataFrame()
     head = [cell.strip() for cell in rows[0]]
@@ -3235,9 +3445,13 @@ def read_cells(text: str, separators: str) -> pd.DataFrame:
     usual = {name.lower() for name in head} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
     repeats = any(head[i] in set(table[i].iloc[1:1000]) for i in table)
     if not usual and (repeats or max(map(len, head)) > 60):
-        return table.set_axis([f"{i + 1}" for i in table], axis=1).set_axis(table.index + 1)
-    table = table.iloc[1:].set_axis(head, axis=1)
-    return table.loc[:, ~table.columns.duplicated()]
+        table = table.set_axis([f"{i + 1}" for i in table], axis=1).set_axis(table.index + 1)
+    else:
+        table = table.iloc[1:].set_axis(number_repeats(head), axis=1)
+    places = [*unclosed] if len(table) < len(rows) else [place + 1 for place in unclosed]
+    skipped += [(f"row {place}", f"a quote that is never closed (line {line})")
+                for place, line in zip(places, unclosed.values(), strict=True)]
+    return table.drop(index=[place for place in places if place in table.index])
 
 
 def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
@@ -3273,12 +3487,16 @@ def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
     return text, label
 
 
-def list_rows(path: Path, config: Config,
-              say: Callable[[str], Any]) -> tuple[list[SampleFile], Skipped, str]:
-    """The samples of a table, each named by its row; what is none; the column with the texts."""
+def list_rows(path: Path, config: Config, say: Callable[[str], Any],
+              usual: Sequence[str]) -> tuple[list[SampleFile], Skipped, tuple[str, str]]:
+    """The samples of a table, each named by its row; what is none; the columns that are used."""
     table, skipped = read_table(path)
-    text, label = find_columns(table, path, config.text_column, config.label_column)
-    say(f"Columns {text} (the text) and {label} (the class) of {path.name}")
+    text, label = (named or (name if name in table else "") for named, name in zip(
+        (config.text_column, config.label_column), usual, strict=True))
+    text, label = find_columns(table, path, text, label)
+    several = [name for name in (text, label) if f"{name} (2)" in table]
+    say(f"Columns {text} (the text) and {label} (the class) of {path.name}"
+        + f"; of several called {' and '.join(several)} the first" * bool(several))
     split = next((name for name in table if name.lower() in ("split", "part", "subset")), text)
     parts = table[split].astype(str).str.strip().str.lower().map(PART_NAMES)
     if parts.isna().any():  # no such column, or one that means something else
@@ -3290,50 +3508,63 @@ def list_rows(path: Path, config: Config,
         elif not isinstance(content, str) or not content.strip():
             skipped.append((f"row {row}", f"no text in the column {text}"))
         else:
-            found.append(SampleFile(f"row {row}", str(said).strip(), part, content))
+            found.append(SampleFile(f"row {row}", clean(str(said).strip()), part, clean(content)))
     # A column of free text or of numbers is not a class; found out before hours are spent on it.
     kinds = len({one.label for one in found})
     if kinds > max(50, len(found) // 4) or kinds > 2000:
         raise UsageError(f"{path}: the column {label} has {kinds:,} different values in "
                          f"{len(found):,} rows; is it the class? Name another with --label-column")
-    return found, skipped, text
+    return found, skipped, (text, label)
 
 
-def read_texts(config: Config, say: Callable[[str], Any]) -> RawData:
+def list_texts(config: Config, say: Callable[[str], Any], usual: Sequence[str] = ("", "")
+               ) -> tuple[list[SampleFile], Skipped, tuple[str, str]]:
     """The user's texts: a table, or .txt files in a folder a class."""
-    path, column = Path(config.data).expanduser(), ""
+    path, columns = Path(config.data).expanduser(), ("", "")
     if not path.exists():
         raise DataMissing(f"--data {path}: no such file or folder")
     if path.is_dir():
-        found, skipped = list_samples(path, (".txt",), "texts (.txt)")
-        if sum(name.lower().endswith(PICTURE_ENDINGS) for name, _ in skipped) > len(found):
-            raise UsageError(f"--data {path}: mostly pictures; try --task images")
+        found, skipped = list_samples(path, 1)
         for one in found:
             one.content = read_text(one.content)
         skipped += [(one.name, "no text in it") for one in found if not one.content.strip()]
         found = [one for one in found if one.content.strip()]
     else:
-        found, skipped, column = list_rows(path, config, say)
+        found, skipped, columns = list_rows(path, config, say, usual)
     if not found:
         raise DataError(f"{path}: none of the {len(skipped):,} samples can be used; the first: "
                         f"{skipped[0][1]}")
+    return found, skipped, columns
+
+
+def read_texts(config: Config, say: Callable[[str], Any]) -> RawData:
+    """The user's texts as a data set."""
+    path, (found, skipped, columns) = Path(config.data).expanduser(), list_texts(config, say)
     found = assign_parts(found, config)
     texts = [one.content.replace("\0", " ") for one in found]
-    name, packed = path.resolve().stem, None
+    name, packed = clean(path.resolve().stem), None
     if sum(map(len, texts)) > 5_000_000:  # cutting takes seconds
         packed = tokenize_once(config.data_path / "cache" / name, "\0".join(texts), lambda: texts)
-    return own_raw_data(name, texts, found, skipped, text_column=column, packed=packed)
+    return own_raw_data(name, texts, found, skipped, columns=columns, packed=packed)
 
 
-def open_table(path: Path, meta: Meta) -> Iterator[tuple[str, Any]]:
-    """The texts of a table to predict, from the column that training used, if it is there."""
+def open_table(path: Path, meta: Meta) -> Iterator[Given]:
+    """The texts of a table to predict, from the column that training used, if it is there.
+
+    And their classes, where a column has nothing but classes that the model knows.
+    """
     table, broken = read_table(path)
-    usual = meta["text_column"] if meta["text_column"] in table else ""
-    column = find_columns(table, path, meta.get("column_asked_for") or usual, "", labelled=False)[0]
-    for row, text in zip(table.index, table[column], strict=True):
+    usual, label = (name if name in table else "" for name in meta["columns"])
+    column, label = find_columns(table, path, meta.get("column_asked_for") or usual, label,
+                                 labelled=False)
+    said = table[label].map(lambda v: clean(str(v).strip())) if label else pd.Series(dtype=object)
+    if label != meta["columns"][1] and not said[said != ""].isin(meta["classes"]).all():
+        label = ""
+    labels = said if label else [None] * len(table)
+    for row, text, truth in zip(table.index, table[column], labels, strict=True):
         there = isinstance(text, str) and text.strip()
-        yield f"row {row}", text if there else UnreadableSample("no text")
-    yield from ((name, UnreadableSample(why)) for name, why in broken)
+        yield Given(f"row {row}", clean(text) if there else UnreadableSample("no text"), truth)
+    yield from (Given(name, UnreadableSample(why)) for name, why in broken)
 
 
 # -- the stand-ins: deterministic, made in seconds, worth training on ------------------------------
@@ -3558,17 +3789,23 @@ def load_in_all_processes(config: Config, log: Log, group: DistributedContext) -
     return raw
 
 
-def build_dataset(raw: RawData, config: Config, parts: dict[str, Tensor] | None = None) -> Dataset:
-    """Split (unless parts are given), learn from the training rows alone, make batches possible."""
+def build_dataset(raw: RawData, config: Config, parts: dict[str, Tensor] | None = None,
+                  known: Meta | None = None) -> Dataset:
+    """Split (unless parts are given), learn from the training rows alone, make batches possible.
+
+    With `known`, the meta of a trained model, nothing is learnt.
+    """
     task = TASKS[config.task]
     samples = SAMPLES[task.kind]
     parts = parts or split_rows(raw, config)
     raw.packed = packed = samples.pack(raw.x) if raw.packed is None else raw.packed
-    learnt = inherit_meta(samples.fit_preprocessing(packed, parts["train"], config), config)
+    learnt = known or inherit_meta(samples.fit_preprocessing(packed, parts["train"], config),
+                                   config)
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name,
             "stand_in": bool(raw.stand_in_slug), "classes": raw.classes, "model": config.model,
             "dropout": config.dropout, "light_on_dark": task.light_on_dark,
-            "text_column": raw.text_column, **learnt, "width": config.width, "views": config.views,
+            "columns": raw.columns, "seen": torch.empty(0, dtype=torch.int64), **learnt,
+            "width": config.width, "views": config.views,
             "augment": {key: value for key, value in task.augment.items()
                         if config.augment and (config.flip or key != "flip")}}
     random = np.random.default_rng(config.seed)
@@ -3601,11 +3838,19 @@ def check_dataset(data: Dataset, config: Config, group: DistributedContext) -> l
             "least one")
     least = n_train // math.ceil(n_train / config.batch_size)
     needed = max(group.size, 2 if data.meta["kind"] == "image" else 1)  # 2 for batch norm
+    if n_train < needed:
+        raise DataError(f"{data.name}: {plural(n_train, 'training sample')} for "
+                        f"{plural(needed, 'sample')} a step, which batch norm and processes need")
     if least < needed:
         raise UsageError(f"--batch-size {config.batch_size}: at least {needed} samples a step are "
                          "needed here: 2 for batch norm, and one for each process")
     notes = [f"no {'validation' if part == 'val' else part} sample of {some}: nothing can be said "
              "about it there" for part, some in lacking.items() if some]
+    folded = Counter(map(str.casefold, names))
+    notes += [f"the class {name!r}: are these samples without a class?" for name in names
+              if name.casefold() in ("nan", "none", "null", "na", "n/a", "?")]
+    notes += [f"the classes {shorten(alike)} differ in case alone: are they one?" for alike in (
+        [name for name in names if name.casefold() == one] for one in folded if folded[one] > 1)]
     rare, common = int(times["train"].argmin()), int(times["train"].argmax())
     few, many = int(times["train"][rare]), int(times["train"][common])
     if many > 5 * few and config.class_weights == "none":
@@ -3624,7 +3869,7 @@ def load_init(init: str, kind: str) -> dict[str, Any]:
     """The model.pt of --init: weights, and what they expect."""
     run = Path(init).expanduser()
     try:
-        saved = load_file(run / "model.pt")
+        saved = load_weights(run / "model.pt")
     except UsageError as problem:
         raise UsageError(f"--init {run}: {problem}") from problem
     if saved["meta"]["kind"] != kind:
@@ -3640,6 +3885,7 @@ def inherit_meta(learnt: Meta, config: Config) -> Meta:
     if not config.init:
         return learnt
     old = load_init(config.init, TASKS[config.task].kind)["meta"]
+    learnt = learnt | {"seen": old["seen"]}  # in the test part, these would not be new to it
     if "vocabulary" in learnt:
         words = {**dict.fromkeys(old["vocabulary"]), **dict.fromkeys(learnt["vocabulary"])}
         return learnt | {"vocabulary": list(words), "pairs": old["pairs"]}
@@ -3733,8 +3979,30 @@ def check_model(config: Config, kind: str) -> None:
 
 
 def quoted(path: Path) -> str:
-    """A path to paste into any shell."""
-    return f'"{path}"' if " " in str(path) else str(path)
+    """A path to paste into a shell: what stands in a name, as $(...), must not run."""
+    if os.name == "posix":
+        return shlex.quote(str(path))
+    return f'"{path}"' if re.search(r"[^\w.:/\\-]", str(path)) else str(path)
+
+
+def in_quotes(path: Path) -> str:
+    """A path to paste into Python."""
+    return json.dumps(path.as_posix(), ensure_ascii=False)
+
+
+def clean(text: str) -> str:
+    """Without halves of characters, which file names and JSON can hold and no file takes.
+
+    Bytes of a file name that are no UTF-8 are taken for Latin-1.
+    """
+    return re.sub("[\ud800-\udfff]", lambda half: chr(ord(half[0]) - 0xDC00)
+                  if "\udc80" <= half[0] <= "\udcff" else "\ufffd", text)
+
+
+def printable(text: str) -> str:
+    """What would command a terminal or turn a line around is spelt out, as \\x1b."""
+    return re.sub("[\0-\b\v-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda sign: ascii(sign[0])[1:-1], text)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -3774,21 +4042,53 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file: a pipe or a device may have no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "neither a file nor a link to one", str(path))
+    return path.read_bytes()
+
+
+LOST: contextvars.ContextVar[dict[Path, str] | None] = contextvars.ContextVar("LOST", default=None)
+
+
+@contextlib.contextmanager
+def keep_what_fits(lost: dict[Path, str]) -> Iterator[None]:
+    """Inside, a file that cannot be written costs itself alone, and is noted here with the reason.
+
+    A training has taken hours when its results meet a full disk, or a folder that is gone.
+    """
+    before = LOST.set(lost)
+    try:
+        yield
+    finally:
+        LOST.reset(before)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary neighbour, then give it this name: nobody sees half a file."""
-    scratch = path.with_name(f".{path.name}.part")
+    scratch, lost = path.with_name(f".{path.name}.part"), LOST.get()
     try:
+        if lost is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())  # the name must not reach the disk before the content
         os.replace(scratch, path)
+        if lost:
+            lost.pop(path, None)
+    except OSError as problem:
+        if lost is None:
+            raise
+        lost[path] = problem.strerror or str(problem)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8, whole or not at all."""
-    write_atomically(path, lambda part: part.write_text(text, "utf-8"))
+    """A text file in UTF-8, whole or not at all; a half character, of a path, is spelt out."""
+    write_atomically(path, lambda part: part.write_text(text, "utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -3796,15 +4096,26 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
+def defuse(cell: Any) -> Any:
+    """A text that a spreadsheet would compute as a formula gets an apostrophe before it."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    return cell if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", cell, re.IGNORECASE) else f"'{cell}"
+
+
 def write_csv(path: Path, table: pd.DataFrame, **options: Any) -> None:
     """A table as CSV; what is not known is an empty cell."""
+    table = table.copy()
+    for i, kind in enumerate(table.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            table.isetitem(i, table.iloc[:, i].map(defuse))
     write_text(path, table.to_csv(index=False, lineterminator="\n", **options))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or one clear line."""
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(read_bytes(path))
     except OSError as problem:
         raise UsageError(f"cannot read {path}: {problem.strerror}") from problem
     except ValueError as problem:
@@ -3907,7 +4218,8 @@ class InterruptHandler:
         # torchrun's processes get a signal twice: from the terminal, and from torchrun.
         if not self.requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             said = "\nStopping after this step; once more Ctrl-C leaves at once.\n"
-            sys.stdout.write(said) if in_notebook() else os.write(2, said.encode())
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                sys.stdout.write(said) if in_notebook() else os.write(2, said.encode())
             for each in self.before:
                 signal.signal(each, signal.default_int_handler if in_notebook() else signal.SIG_DFL)
         self.requested = True
@@ -4028,6 +4340,11 @@ def in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
+def nowhere() -> typing.TextIO:
+    """A stream in the place of one that is gone."""
+    return open(os.devnull, "w")
+
+
 class Log:
     """What the user reads: on the screen at once, and in log.txt once there is a run folder."""
 
@@ -4035,13 +4352,18 @@ class Log:
         self.lines: list[str] = []
         self.path: Path | None = None
         self.quiet = quiet  # one of several processes, which would all say the same
+        self.unsaid: OSError | None = None  # why the screen took nothing
 
     def __call__(self, text: str = "") -> None:
         if self.quiet:
             return
-        with contextlib.suppress(OSError):  # a terminal that is gone must not end a training
+        text = printable(text)
+        try:
             tqdm.write(text, file=sys.stdout)  # steps around a progress bar
             sys.stdout.flush()
+        except OSError as problem:  # a terminal that is gone must not end a training
+            self.unsaid = problem
+            sys.stdout = nowhere()  # else Python tries again when it ends
         self.lines.append(text)
         self.attach(self.path)
 
@@ -4052,6 +4374,14 @@ class Log:
             with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
                 file.write("\n".join(self.lines) + "\n")
                 self.lines.clear()
+
+
+def complain(text: str) -> None:
+    """A line on stderr, if anybody is there to read it."""
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = nowhere()
 
 
 class CellBar(tqdm):
@@ -4157,7 +4487,6 @@ def measure_speed(data: Dataset, config: Config, machine: Machine) -> SpeedEstim
     state = new_train_state(model, config, machine)
     order = torch.randperm(len(data.parts["train"]), generator=state.order)
     rows = data.parts["train"][order]
-    truth = F.one_hot(data.labels, len(data.meta["classes"])).float()
     once = copy.copy(data.samples)
     once.tta_margin = 0.0  # a model that knows nothing yet would be unsure of everything
 
@@ -4165,7 +4494,7 @@ def measure_speed(data: Dataset, config: Config, machine: Machine) -> SpeedEstim
         model.train()
         for where in data.samples.plan(some, config.batch_size, state.order):
             x = data.samples.batch(some[where], state.noise)
-            y = truth[some[where]].to(machine.device)
+            y = data.shares(data.labels[some[where]].to(machine.device))
             train_step(state, model, x, y, config.lr, 1.0, config, machine)
 
     def seconds(job: Callable[[Tensor], Any], first: int, then: int) -> float:
@@ -4343,7 +4672,7 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
     with canvas(path, side + 0.8, side) as figure:
         axes = figure.subplots()
         what = "share of the row" if normalise else "samples"
-        seaborn.heatmap(shown, annot=len(classes) <= 20, fmt=".2f" if normalise else "d",
+        seaborn.heatmap(shown, annot=len(classes) <= 21, fmt=".2f" if normalise else "d",
                         cmap="Blues", vmin=0, vmax=1 if normalise else None, linewidths=0.5,
                         xticklabels=classes, yticklabels=classes, ax=axes,
                         cbar_kws={"shrink": 0.75, "label": what})
@@ -4776,15 +5105,16 @@ def say_gap(m: Meta) -> str:
     return f"Training minus test accuracy: {points(gap)} points, {why}."
 
 
-def say_curves(history: pd.DataFrame, best_epoch: int) -> str:
+def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accuracy") -> str:
     """What the curves show."""
     best, last = history.iloc[best_epoch - 1], history.iloc[-1]
-    if math.isnan(best["val_accuracy"]):
+    if math.isnan(best[judge]):
         return "Trained on the whole training part, so there is no validation curve."
-    text = (f"Validation accuracy was highest in epoch {best_epoch} of {len(history)}: "
-            f"{best['val_accuracy']:.1%}; these weights were kept.")
+    name = "Validation accuracy" + ", each class counting alike," * (judge != "val_accuracy")
+    text = (f"{name} was highest in epoch {best_epoch} of {len(history)}: "
+            f"{best[judge]:.1%}; these weights were kept.")
     if best_epoch < len(history):
-        text += f" In the last epoch it was {last['val_accuracy']:.1%}."
+        text += f" In the last epoch it was {last[judge]:.1%}."
     lowest = history.loc[history["val_loss"].idxmin()]
     if last["val_loss"] > 1.1 * lowest["val_loss"]:
         # A loss that rises while the accuracy holds means overconfidence, not more mistakes.
@@ -4841,22 +5171,32 @@ def say_issues(m: Meta, evaluation: Evaluation) -> list[str]:
     rows = torch.cat((evaluation.data.parts["train"], evaluation.data.parts["val"]))
     times = evaluation.data.labels[rows].bincount(minlength=len(evaluation.classes))
     said = [f"Training samples a class: {times.min():,} to {times.max():,}.",
-            f"Empty samples: {m['empty_samples']:,}. Suspect labels: {m['suspect_labels']:,}, by a "
-            "network that had not learnt from them; it may be the network that errs.",
+            f"Empty samples: {m['empty_samples']:,}.", say_suspects(m),
             f"Exact repeats: {m['train_repeats']:,} within the training part, "
             f"{m['test_own_repeats']:,} within the test part, {m['test_repeats']:,} in the test "
-            f"part of training samples; under another label: {m['repeats_with_other_label']:,}."]
+            "part of what was trained on; under another label: "
+            f"{m['repeats_with_other_label']:,}."]
     if "near_repeats" in m:
         said.append(f"Near repeats of training samples in the test part: {m['near_repeats']:,}.")
     if m["test_repeats"] or m.get("near_repeats"):
         without = m.get("test_accuracy_without_near_repeats", m["test_accuracy_without_repeats"])
-        said.append("Every test sample repeats a training sample: the test accuracy says nothing "
+        said.append("Every test sample repeats what was trained on: the test accuracy says nothing "
                     "about new ones." if without is None else
-                    f"Without what repeats training samples the test accuracy is {without:.2%}.")
+                    f"Without what repeats that the test accuracy is {without:.2%}.")
     if m["skipped"]:
         said.append(f"{plural(m['skipped'], 'file or line', 'files or lines')} could not be used: "
                     "skipped.csv says which and why.")
     return said
+
+
+def say_suspects(m: Meta) -> str:
+    """How many labels are probably wrong, and how far the list of them can be trusted."""
+    text = (f"Suspect labels: {m['suspect_labels']:,}, by a network that had not learnt from them; "
+            "it may be the network that errs.")
+    if m["suspect_labels"] < m["doubted_labels"]:
+        text += (f" It doubts {m['doubted_labels']:,}: more than can be wrong, since where it is "
+                 "surest it contradicts fewer. The order of the list is useful, its length is not.")
+    return text
 
 
 def say_skipped(skipped: Sequence[tuple[str, str]]) -> str:
@@ -4904,9 +5244,10 @@ def facts_block(caption: str, facts: dict[str, str], m: Meta) -> Block:
     return table_block(caption, said)
 
 
-def write_report(folder: Path, evaluation: Evaluation, maps: dict[str, Block]) -> None:
+def write_report(folder: Path, evaluation: Evaluation, maps: dict[str, Block],
+                 settings: Meta) -> None:
     """report.html: the whole run on one page."""
-    m, settings = evaluation.metrics, read_json(folder / "config.json")
+    m = evaluation.metrics
     command = f"{this_command()} --config {quoted(folder / 'config.json')}"
     exact = {key.replace("_", "-"): m[key] for key in m if key in versions() or "_sha256" in key}
 
@@ -4919,7 +5260,8 @@ def write_report(folder: Path, evaluation: Evaluation, maps: dict[str, Block]) -
             text_block(*(f"Baseline: {line}." for line in say_baselines(m)), say_gap(m)),
             facts_block("In numbers", RESULT_FORMATS, m)],
         "The training": [
-            figure("training_curves", say_curves(evaluation.history, m["best_epoch"])),
+            figure("training_curves", say_curves(evaluation.history, m["best_epoch"],
+                                                 judged_by(settings["class_weights"]))),
             figure("folds", f"Cross-validation with {m['folds']} folds, accuracy {say_folds(m)}."
                    if evaluation.folds else "")],
         "Where it errs": report_errors(folder, evaluation),
@@ -4929,7 +5271,8 @@ def write_report(folder: Path, evaluation: Evaluation, maps: dict[str, Block]) -
             figure("deletion", "How fast the prediction fades while what is marked is deleted.")],
         "The data's own faults": [
             text_block(*say_issues(m, evaluation)),
-            figure("suspects", "The training labels that it doubts most; all are in faults.csv."),
+            figure("suspects", "The held-out labels that it doubts most; more are in faults.csv."
+                   ),
             figure("near_repeats", "Test samples beside the training samples they nearly repeat.")],
         "What it cost": [facts_block("Time, size and memory", COST_FORMATS, m)],
         "How to repeat it": [
@@ -4941,12 +5284,16 @@ def write_report(folder: Path, evaluation: Evaluation, maps: dict[str, Block]) -
 
 def report_errors(folder: Path, evaluation: Evaluation) -> list[Block | None]:
     """Where it errs."""
+    by_class, caption, most = evaluation.by_class, "Each class", 40
+    if len(by_class) > most:
+        by_class = by_class.nsmallest(most, "f1")
+        caption = f"The {most} classes with the lowest F1; all are in classes.csv"
     worst = [f"Its surest mistakes; the surest of all: {v.predicted} {v.confidence:.0%} "
              f"(true: {v.true})." for v in verdicts(evaluation, evaluation.mistakes[:1])]
     return [
         figure_block(folder / "confusion_matrix_norm.png", say_confusions(evaluation)),
         figure_block(folder / "confusion_matrix.png", "The same in numbers of samples."),
-        table_block("Each class", evaluation.by_class),
+        table_block(caption, by_class),
         figure_block(folder / "mistakes.png", "".join(worst)),
         figure_block(folder / "sample_predictions.png", "Test samples drawn at random.")]
 
@@ -4968,6 +5315,11 @@ COMPARED_FORMATS = {  # column of comparison.csv -> how a person reads it
     "test_accuracy_high": "{:.2%}", "train_accuracy": "{:.2%}", "parameters": "{:,}",
     "multiply_adds": "{:,}", "seconds_training": "{:.1f}", "samples_per_second": "{:,.0f}",
     "latency_ms": "{:.3f}", "model_mb": "{:.2f}"}
+
+
+def markdown(text: str) -> str:
+    """What names hold stays text in a cell of Markdown."""
+    return re.sub(r"([\\`<>|\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -5046,10 +5398,11 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
     head, *rows = ([key.replace("_", " "), *runs[key].map(form.format)]
                    for key, form in COMPARED_FORMATS.items())
     rows.append(["folder", *map(str, folders)])
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [head, ["---"] * len(head), *([*map(markdown, cells)] for cells in rows)]
     write_text(report, "\n".join([
-        f"# {title}", "", *(f"| {' | '.join(cells)} |" for cells in lines), "",
-        f"![comparison]({picture.name})", "", *(f"- {line}" for line in [*verdicts, costs]), ""]))
+        f"# {markdown(title)}", "", *(f"| {' | '.join(cells)} |" for cells in lines), "",
+        f"![comparison]({picture.name})", "",
+        *(f"- {markdown(line)}" for line in [*verdicts, costs]), ""]))
     write_sections(report.with_suffix(".html"), title, {
         "Verdict": [text_block(*verdicts)],
         "Accuracy and cost": [
@@ -5142,15 +5495,22 @@ def check_run(run: Path, flag: str = "--run") -> None:
 def load_model(run: Path, machine: Machine) -> tuple[nn.Module, Meta]:
     """The model of a finished run, on its device, and its meta."""
     check_run(run)
-    saved = load_file(run / "model.pt")
+    saved = load_weights(run / "model.pt")
+    meta, kind = saved["meta"], SAMPLES.get(saved["meta"]["kind"], ImageData)
     try:
-        model = build_model(saved["meta"])
+        model = build_model(meta)
         model.load_state_dict(saved["weights"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, UsageError,
-            MemoryError) as problem:
+        # Anything can stand in a file: what it says must be enough for a prediction.
+        blank = "" if kind is TextData else np.zeros(
+            (meta["channels"], meta["side"], meta["side"]), np.uint8)
+        with torch.no_grad():
+            logits = model.eval()(kind(kind.pack([blank]), meta).batch(torch.tensor([0])))
+        if logits.shape != (1, len(meta["classes"])) or not logits.isfinite().all():
+            raise ValueError("no prediction")
+    except Exception as problem:
         raise UsageError(f"{run / 'model.pt'}: its weights and what it says of them do not fit "
                          "together") from problem
-    return place_model(model, machine), saved["meta"]
+    return place_model(model, machine), meta
 
 
 @contextlib.contextmanager
@@ -5204,7 +5564,7 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dic
     # A resumed run may have none of these any more.
     for old in ("mistakes", "suspects", "near_repeats", "deletion"):
         (folder / f"{old}.png").unlink(missing_ok=True)
-    matrix, classes = evaluation.matrix, evaluation.classes
+    matrix, classes = condense(evaluation.matrix, evaluation.classes)
     plot_confusion(matrix, classes, folder / "confusion_matrix.png", title, normalise=False)
     plot_confusion(matrix, classes, folder / "confusion_matrix_norm.png", title, normalise=True)
     plot_reliability(calibration_bins(probabilities(evaluation.logits, 1.0), evaluation.y),
@@ -5228,7 +5588,7 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dic
     doubts = issues[issues["fault"] == "suspect label"][:many]
     show("suspects.png", doubts["row"].tolist(),
          [Verdict(row.label, row.other_class, row.value, "label") for row in doubts.itertuples()],
-         f"{name}\ntraining labels that it doubts most: look before you believe either")
+         f"{name}\nheld-out labels that it doubts most: look before you believe either")
     near = issues[issues["fault"] == "near repeat"].nlargest(many // 2, "value")
     pairs = [pair for row in near.itertuples() for pair in (
         (row.row, Verdict(f"test:\n{row.label}", colour=BLUE)),
@@ -5335,11 +5695,31 @@ def start_training(data: Dataset, config: Config, machine: Machine) -> tuple[Tra
     return state, said
 
 
+def origin_of(data: Dataset, config: Config) -> dict[str, Any]:
+    """What may not change while a run goes on."""
+    free = (*RESUMABLE_SETTINGS, "data", "report")
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
+    return {**settings, "fingerprint": data.fingerprint}
+
+
+def check_origin(path: Path, found: Any, wanted: dict[str, Any]) -> None:
+    """Refuse to go on from what was saved with other settings, or on other data."""
+    found = found if isinstance(found, dict) else {}
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UsageError(
+                f"{path}: the data has changed since this run began; put back what it was, or "
+                "start a new run" if key == "fingerprint" else
+                f"{path} does not fit its config.json: {flag_name(key)} was {found.get(key)}, and "
+                f"is {value} there; was either of another run?")
+
+
 def restore_checkpoint(state: TrainState, path: Path, group: DistributedContext) -> bool:
     """Go on from the checkpoint, if there is one."""
     values = group.broadcast(load_file(path, STATE_FORMAT) if group.is_leader and path.exists()
                              else None)
     if values:
+        check_origin(path, values.get("origin"), state.origin)
         try:
             state.restore(values, group)
         except (KeyError, TypeError, ValueError, RuntimeError) as problem:
@@ -5363,6 +5743,7 @@ class Run:
     log: Log
     metrics: Meta = field(default_factory=dict)
     tensorboard: TensorBoard | None = None
+    lost: dict[Path, str] = field(default_factory=dict)  # what could not be written, and why
 
     @property
     def config(self) -> Config:
@@ -5373,7 +5754,8 @@ class Run:
         """What is known until now."""
         if self.context.machine.group.is_leader:
             self.metrics["seconds_total"] = round(self.budget.spent, 2)
-            write_json(self.folder / "metrics.json", self.metrics)
+            with keep_what_fits(self.lost):
+                write_json(self.folder / "metrics.json", self.metrics)
 
 
 @dataclass
@@ -5408,6 +5790,7 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
         checkpointer = Checkpointer(
             folder / "checkpoint.pt", parse_seconds(config.checkpoint_every), interrupt, log,
             lambda: budget.spent)
+        state.origin = origin_of(data, config)
         resumed = restore_checkpoint(state, folder / "checkpoint.pt", group)
         if resumed:
             budget.before = state.spent
@@ -5422,7 +5805,16 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
         train_and_report(run)
         if group.is_leader:
             print_summary(run)
+    if run.lost:
+        raise Failure(f"{say_lost(run)}; make room, then {this_command()} --resume "
+                      f"{quoted(folder)}")
     return folder
+
+
+def say_lost(run: Run) -> str:
+    """Which results could not be written, and why."""
+    return (f"{plural(len(run.lost), 'file')} of {run.folder} could not be written "
+            f"({shorten([path.name for path in run.lost])}): {min(run.lost.values())}")
 
 
 def print_start(run: Run, said: str, resumed: bool) -> None:
@@ -5462,10 +5854,14 @@ def log_epoch(run: Run, state: TrainState) -> int:
     if epochs < config.epochs:
         run.log(f"Slower than at the start: {epochs} epochs instead of {config.epochs}, to stay "
                 "within --budget")
-        write_json(run.folder / "config.json", dataclasses.asdict(replace(config, epochs=epochs)))
+        with contextlib.suppress(OSError):
+            write_json(run.folder / "config.json", dataclasses.asdict(replace(
+                config, epochs=epochs)))
     validation = best = ""
     if len(data.parts["val"]):
-        validation = f"validation {row['val_loss']:.3f} {row['val_accuracy']:6.1%}   "
+        balanced = " balanced" * (config.class_weights == "balanced")
+        shown = row[judged_by(config.class_weights)]
+        validation = f"validation {row['val_loss']:.3f} {shown:6.1%}{balanced}   "
         best = "" if state.epochs_since_best else "   best"
     run.log(f"epoch {state.epoch:>{len(str(epochs))}}/{epochs}   train {row['train_loss']:.3f} "
             f"{row['train_accuracy']:6.1%}   {validation}{row['seconds']:6.1f} s{best}")
@@ -5489,7 +5885,7 @@ def train_and_report(run: Run) -> None:
         interrupt.deferring = False
         held_out = held_out or HeldOut(run.context.data.parts["val"], state.best_logits)
         evaluate_and_write(run, held_out)
-        status = "finished"
+        status = "failed" if run.lost else "finished"
     except (Interrupted, Diverged) as problem:
         interrupt.deferring = False
         report_what_there_is(run, "given up" if isinstance(problem, Diverged) else "interrupted")
@@ -5509,9 +5905,14 @@ def cross_validate(run: Run) -> HeldOut:
     """Train once for each fold on the others; folds.pt keeps which are done."""
     config, data, machine = run.config, run.context.data, run.context.machine
     rows, group, kept = data.parts["train"], machine.group, run.folder / "folds.pt"
-    done: Meta = group.broadcast(load_file(kept) if group.is_leader and kept.exists() else {
-        "format": MODEL_FORMAT, "logits": torch.zeros(len(rows), len(data.meta["classes"])),
-        "histories": {}})
+    # More epochs than those that are done so far are not the same folds.
+    origin = run.state.origin | {"epochs": config.epochs}
+    done: Meta = group.broadcast(load_file(kept) if group.is_leader and kept.exists() else {})
+    if done:
+        check_origin(kept, done.get("origin"), run.state.origin)
+    if done.get("origin") != origin:
+        done = {"format": MODEL_FORMAT, "origin": origin, "histories": {},
+                "logits": torch.zeros(len(rows), len(data.meta["classes"]))}
     for number, parts in enumerate(fold_rows(data.parts, data.labels, config), 1):
         if (name := f"fold {number}") in done["histories"]:
             continue
@@ -5556,16 +5957,27 @@ def evaluate_and_write(run: Run, held_out: HeldOut) -> None:
     """Everything after the training: it is the leader's."""
     if not run.context.machine.group.is_leader:
         return
-    evaluation = evaluate_run(run, held_out)
-    started = time.perf_counter()
-    add_checks(run, evaluation, held_out)
-    write_progress(run.folder, run.state, evaluation.title)
-    write_tables(run.folder, evaluation)
-    maps = write_figures(run.folder, run.state.model, evaluation)
-    run.metrics |= {"peak_memory_mb": peak_memory_mb(run.context.machine),
-                    "seconds_report": round(time.perf_counter() - started, 2)}
-    run.metrics["seconds_total"] = round(run.budget.spent, 2)
-    write_report(run.folder, evaluation, maps)
+    with keep_what_fits(run.lost):
+        if not (run.folder / "config.json").exists():
+            run.log(f"WARNING  {run.folder} is gone; what is written from now on is put there "
+                    "again")
+            write_json(run.folder / "config.json", dataclasses.asdict(run.config))
+        data = run.context.data
+        prints = {part: data.samples.identities(data.parts[part]) for part in PARTS}
+        learnt_before = data.meta["seen"]
+        data.meta["seen"] = torch.cat((learnt_before, prints["train"], prints["val"]))
+        evaluation = evaluate_run(run, held_out)
+        started = time.perf_counter()
+        add_checks(run, evaluation, held_out, prints, learnt_before)
+        write_progress(run.folder, run.state, evaluation.title)
+        write_tables(run.folder, evaluation)
+        maps = write_figures(run.folder, run.state.model, evaluation)
+        run.metrics |= {"peak_memory_mb": peak_memory_mb(run.context.machine),
+                        "seconds_report": round(time.perf_counter() - started, 2)}
+        run.metrics["seconds_total"] = round(run.budget.spent, 2)
+        write_report(run.folder, evaluation, maps, dataclasses.asdict(run.config))
+    if run.lost:
+        run.log(f"WARNING  {say_lost(run)}; what fits is kept")
 
 
 def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
@@ -5585,8 +5997,9 @@ def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
     logits, y = predict_logits(state.model, data.samples, test, machine), data.labels[test]
     sure = probabilities(logits, temperature).amax(1)
     data.meta["reference"] = quantiles_of({**data.samples.statistics(test), "confidence": sure})
-    save_file(run.folder / "model.pt", {"format": MODEL_FORMAT, "meta": data.meta,
-                                        "weights": state.best_weights})
+    data.meta["fingerprint"] = data.fingerprint
+    size = save_file(run.folder / "model.pt", {"format": MODEL_FORMAT, "meta": data.meta,
+                                               "weights": state.best_weights})
     commonest = int(data.labels[rows].bincount().argmax())
     m |= {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]), "temperature": temperature,
           "train_accuracy": seen["test_accuracy"], "train_loss": seen["test_loss"],
@@ -5594,7 +6007,7 @@ def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
           **measure(logits, y, temperature),
           **paired_gain(logits.argmax(1) == y, y == commonest, "commonest"),
           **measure_cost(state, data, machine),
-          "model_mb": round((run.folder / "model.pt").stat().st_size / 2**20, 3),
+          "model_mb": round(size / 2**20, 3),
           "seconds_training": round(state.seconds, 2), "seconds_data": round(state.seconds_data, 2)}
     if held_out.histories:
         last = [history["val_accuracy"].iloc[-1] for history in held_out.histories.values()]
@@ -5603,17 +6016,21 @@ def evaluate_run(run: Run, held_out: HeldOut) -> Evaluation:
     return Evaluation(m, data, pd.DataFrame(state.history), logits, folds=held_out.histories)
 
 
-def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut) -> None:
+def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut, prints: dict[str, Tensor],
+               learnt_before: Tensor) -> None:
     """What makes numbers believable: issues of the data, baseline, tests of the explanations."""
     data, m, model = evaluation.data, evaluation.metrics, run.state.model
     full = run.config.report == "full"
     samples, temperature = data.samples, data.meta["temperature"]
-    fingerprints = {part: samples.identities(data.parts[part]) for part in PARTS}
-    m |= {f"{part}_content_sha256": short_hash(b"".join(fingerprints[part])) for part in PARTS}
-    issues = find_repeats(data, fingerprints)
+    m |= {f"{part}_content_sha256": short_hash(prints[part].numpy()) for part in PARTS}
+    issues = find_repeats(data, prints, learnt_before)
     exact = {each["row"] for each in issues}
-    issues += find_suspect_labels(held_out.rows, data.labels[held_out.rows],
-                                  probabilities(held_out.logits, temperature))
+    y, probs = data.labels[held_out.rows], probabilities(held_out.logits, temperature)
+    doubts = find_suspect_labels(held_out.rows, "train" if held_out.histories else "val", y, probs)
+    m["doubted_labels"] = len(doubts)
+    doubts = doubts[:most_wrong_labels(y, probs)] if len(y) else []
+    m["suspect_labels"] = len(doubts)
+    issues += doubts
     issues += [issue("empty", part, row, int(data.labels[row])) for part in PARTS
                for row in samples.blank_rows(data.parts[part]).tolist()]
     if full:
@@ -5639,11 +6056,11 @@ def print_summary(run: Run) -> None:
              f"with the weights of epoch {m['best_epoch']}"]
     without = m["test_accuracy_without_repeats"]
     if without is None:
-        lines.append(f"{blank}every test sample stands in the training part too: this says nothing "
-                     "about new ones")
+        lines.append(f"{blank}every test sample was trained on too: this says nothing about new "
+                     "ones")
     elif m["test_repeats"]:
         lines.append(f"{blank}{without:.2%} without the {plural(m['test_repeats'], 'test sample')} "
-                     "also found in the training part")
+                     "that it was trained on too")
     simplest, *others = say_baselines(m)
     lines += [] if has_learned(m) else [f"{blank}nothing learned: {simplest}"]
     lines += [f"{m['folds']} folds       {say_folds(m)}"] if "folds" in m else []
@@ -5733,16 +6150,32 @@ def resume(run: Path, given: Meta, log: Log) -> None:
 
 
 def evaluate(run: Path, given: Meta, log: Log) -> None:
-    """Measure a saved run again, and say whether the numbers are the same."""
+    """Measure a saved run again, and say whether the numbers are the same; or on other data."""
     check_run(run)
-    refuse_settings(given, "evaluate", ("device", "data_dir", "data"))
-    config = resolve_config(given, read_config(run / "config.json"))
-    machine = start_machine(config)
+    refuse_settings(given, "evaluate", ("device", "data_dir", "data", "text_column",
+                                        "label_column"))
+    saved = read_config(run / "config.json")
+    config = resolve_config(given, saved)
+    own, machine = TASKS[config.task].read_own, start_machine(config)
+    if own and "data" in given and resolved_source(config, False) != saved["data"]:
+        evaluate_other(run, config, machine, log)
+        return
     model, meta = load_model(run, machine)
-    data = build_dataset(load_raw(config, log), config)
+    raw = load_raw(config, log)
+    if raw.classes != meta["classes"]:
+        raise UsageError(f"{raw.name} has the classes {shorten(raw.classes)}, this run's model "
+                         f"knows {shorten(meta['classes'])}")
+    data = build_dataset(raw, config, known=meta)
+    if data.fingerprint != meta["fingerprint"] and "data" not in given:
+        raise UsageError(f"{raw.name} has changed since this run was trained, so its test part is "
+                         f"another; give --data to measure {'all of' * bool(own)} it as it is now")
+    if data.fingerprint != meta["fingerprint"] and own:
+        evaluate_other(run, config, machine, log)
+        return
     rows = data.parts["test"]
     logits = predict_logits(model, data.samples.to(machine.device), rows, machine)
-    log(f"{run}: {meta['model']} on {meta['dataset']}, {len(logits):,} test samples")
+    log(f"{run}: {meta['model']} on {meta['dataset']}, {len(logits):,} test samples"
+        + f" of {raw.name}" * (raw.name != meta["dataset"]))
     before, same = read_json(run / "metrics.json"), True
     for key, value in measure(logits, data.labels[rows], meta["temperature"]).items():
         equal = abs(value - before.get(key, math.inf)) < 1e-6
@@ -5752,6 +6185,20 @@ def evaluate(run: Path, given: Meta, log: Log) -> None:
     if not same:
         raise Failure(f"{run} measures differently now; another device, PyTorch or data set can be "
                       "the reason")
+
+
+def evaluate_other(run: Path, config: Config, machine: Machine, log: Log) -> None:
+    """Measure a model on all of the user's labelled data that it is given, training part or not."""
+    ready = Predictor(run, machine)
+    given, skipped = ready.kind.read_labelled(config, ready.meta, log)
+    log(f"{run}: {ready.meta['model']} on all of {config.data}, not on its own test part")
+    scores = [score(ready, samples, table) for samples, table in ready.predict(given)]
+    for line in say_score(scores):
+        log(line)
+    if problems := [*skipped, *ready.problems]:
+        log(f"Skipped       {say_skipped(problems)}")
+    if said := ready.drift():
+        log(said)
 
 
 # ================================================================================================
@@ -5780,35 +6227,41 @@ class Predictor:
         logits = predict_logits(self.model, samples, torch.arange(len(samples)), self.machine)
         return probabilities(logits, self.meta["temperature"])
 
-    def table(self, names: Sequence[str], probs: Tensor) -> pd.DataFrame:
+    def table(self, given: Sequence[Given], probs: Tensor) -> pd.DataFrame:
         """A prediction a row."""
         best = np.array(self.classes, object)[probs.argmax(1)]
-        table = pd.DataFrame({"name": names, "predicted": best, "confidence": probs.amax(1)})
-        columns = [f"p_{label}" for label in self.classes]
-        return table.join(pd.DataFrame(probs.numpy(), columns=columns))
+        table = pd.DataFrame({"name": [one.name for one in given]})
+        # Of a table: the text itself, and its class, which its row alone would not tell.
+        if self.kind is TextData and any(one.name != one.sample for one in given):
+            table["text"] = [one.sample for one in given]
+        if any(one.label is not None for one in given):
+            table["label"] = [one.label for one in given]
+        table = table.assign(predicted=best, confidence=probs.amax(1).numpy())
+        return table.join(probability_columns(probs, self.classes))
 
-    def predict(self, arguments: Sequence[Any],
+    def predict(self, arguments: Iterable[Any],
                 size: int = 1024) -> Iterator[tuple[Samples, pd.DataFrame]]:
         """Samples and predictions of what these arguments stand for, some at a time."""
-        opened = (pair for each in arguments for pair in self.kind.read_inputs(each, self.meta))
+        opened = (one for each in arguments for one in (
+            [each] if isinstance(each, Given) else self.kind.read_inputs(each, self.meta)))
         found = 0
         with progress_bar(0, " inputs") as bar:
             while block := list(itertools.islice(opened, size)):
-                good = [pair for pair in block if not isinstance(pair[1], UnreadableSample)]
-                self.problems += [(name, str(why)) for name, why in block
-                                  if isinstance(why, UnreadableSample)]
+                good = [one for one in block if not isinstance(one.sample, UnreadableSample)]
+                self.problems += [(one.name, str(one.sample)) for one in block
+                                  if isinstance(one.sample, UnreadableSample)]
                 if good:
-                    samples = self.pack([sample for _, sample in good])
+                    samples = self.pack([one.sample for one in good])
                     probs = self.probabilities(samples)
                     statistics = samples.statistics(torch.arange(len(good)))
                     for name, values in {**statistics, "confidence": probs.amax(1)}.items():
                         self.seen[name].append(values)
                     found += len(good)
-                    yield samples, self.table([name for name, _ in good], probs)
+                    yield samples, self.table(good, probs)
                 bar.update(len(block))
         if not found:
-            nothing = " ".join(map(str, arguments)) or "nothing", "there is nothing to predict"
-            name, why = (self.problems or [nothing])[0]
+            asked = " ".join(map(str, arguments)) if isinstance(arguments, Sequence) else ""
+            name, why = (self.problems or [(asked or "nothing", "there is nothing to predict")])[0]
             raise UsageError(f"--predict {name}: {why}; this run's model reads {self.kind.noun}")
 
     def explain(self, samples: Samples, table: pd.DataFrame, rows: Tensor,
@@ -5858,8 +6311,10 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
     # In float32: a prediction should not depend on what else the processor can do.
     ready = Predictor(run, start_machine(Config(**{"precision": "fp32", **given})))
     ready.meta["column_asked_for"] = given.get("text_column", "")
-    tables, written = list[pd.DataFrame](), list[Path]()
+    tables, written, scores = list[pd.DataFrame](), list[Path](), list[pd.DataFrame]()
     for samples, table in ready.predict(arguments):
+        if "label" in table:
+            scores.append(score(ready, samples, table))
         if not output:
             for row in range(len(table)):
                 log(say_prediction(ready, samples, row, table.iloc[row]))
@@ -5876,10 +6331,14 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         listed = ", ".join(f"{n:,} {name}" for name, n in times.most_common(10))
         log(f"{plural(times.total(), 'prediction')}: {listed}{' ...' * (len(times) > 10)}")
         written = [output, *written]
+    if log.unsaid and not output and not isinstance(log.unsaid, BrokenPipeError):
+        raise Failure(f"cannot write to the screen: {log.unsaid.strerror}")
     for name, why in ready.problems[:5]:
         log(f"WARNING  {name}: {why}")
     if (more := len(ready.problems) - 5) > 0:
         log(f"WARNING  and {more:,} more that could not be read")
+    for line in say_score(scores):
+        log(line)
     if said := ready.drift():
         log(said)
     for path in written:
@@ -5888,11 +6347,48 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         log(f"Note: this model was trained on {ready.meta['dataset']}")
 
 
+def score(ready: Predictor, samples: Samples, table: pd.DataFrame) -> pd.DataFrame:
+    """Predictions beside the classes that came with them; which samples it was trained on."""
+    marks = samples.identities(torch.arange(len(table)))
+    return table[["label", "predicted"]].assign(
+        seen=torch.isin(marks, ready.meta["seen"]).numpy(),
+        known=table["label"].isin(ready.classes))
+
+
+def say_score(scores: list[pd.DataFrame]) -> list[str]:
+    """How often these predictions are right: of all, and of what was new to the model."""
+    if not scores:
+        return []
+    table = pd.concat(scores)
+    known = table[table["known"]]
+
+    def say(some: pd.DataFrame) -> str:
+        right = int((some["label"] == some["predicted"]).sum())
+        f1 = skmetrics.f1_score(some["label"], some["predicted"], average="macro",
+                                labels=some["label"].unique())
+        return (f"{right / len(some):.2%} of {plural(len(some), 'labelled sample')} "
+                f"({interval(*wilson(right, len(some)))}), macro-F1 {f1:.3f}")
+
+    seen = known["seen"]
+    said = [f"Accuracy      {say(known)}"] if len(known) else []
+    if seen.any():
+        fresh = f"the others: {say(known[~seen])}" if not seen.all() else (
+            "this says nothing about new ones")
+        said.append(f"WARNING  the model was trained on {int(seen.sum()):,} of these; {fresh}")
+    others = {*table["label"]} - {*known["label"], ""}
+    if others:
+        said.append(f"WARNING  {plural(int(table['label'].isin(others).sum()), 'sample')} of "
+                    f"classes that the model does not know: {shorten(sorted(others))}")
+    return said
+
+
 def say_prediction(ready: Predictor, samples: Samples, row: int, found: Any) -> str:
     """One prediction in words."""
-    probs = found[[f"p_{label}" for label in ready.classes]].astype(float).nlargest(3)
-    first, *others = (f"{name[2:]} {share:.1%}" for name, share in probs.items())
-    name = found["name"] or "(empty)"
+    probs = found.filter(regex="^p_").astype(float).nlargest(3)
+    first, *others = [f"{name[2:]} {share:.1%}" for name, share in probs.items()] or [
+        f"{found['predicted']} {found['confidence']:.1%}"]
+    name = f"{found['name']}: {found['text']}" if "text" in found else found["name"]
+    name = " ".join(name.split()) or "(empty)"
     name = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
     hint = samples.prediction_note(ready.model, row)
     line = f"{first:20} {'(' + ', '.join(others) + ')':34} {name}"
@@ -5904,7 +6400,7 @@ def describe_run(ready: Predictor) -> Meta:
     keys = ("task", "kind", "model", "dataset", "stand_in", "classes")
     recorded = ready.run / "metrics.json"  # only model.pt has to be there
     accuracy = read_json(recorded).get("test_accuracy") if recorded.exists() else None
-    return {"name": ready.run.resolve().name, "test_accuracy": accuracy,
+    return {"name": clean(ready.run.resolve().name), "test_accuracy": accuracy,
             **{key: ready.meta[key] for key in keys}}
 
 
@@ -6007,7 +6503,9 @@ def export_facts(ready: Predictor) -> Meta:
             "side": meta["side"], "channels": meta["channels"], "resize": "bicubic",
             "mode": "L" if meta["channels"] == 1 else "RGB", "crop": "centre",
             "light_on_dark": meta["light_on_dark"], "steps": [
-                "upright by its EXIF data; 16-bit values / 257; transparent on white; to `mode`",
+                "upright by its EXIF data; grey values of more than 8 bits to 0-255, white being "
+                "1, or the first of 8, 10, 12, 14, 16 bits that holds them; transparent on white; "
+                "to `mode`",
                 "Pillow's ImageOps.fit to `side` x `side`, of a large JPEG after Pillow's draft",
                 "if `light_on_dark` and the median of its four edges is above 127: 255 - x",
                 "0 to 255, [channel, row, column]: the network normalises"]}
@@ -6137,7 +6635,8 @@ function present(answer) {
   $("verdict").textContent = answer.predicted + ", " + percent(answer.confidence);
   $("method").textContent = answer.method;
   $("bars").replaceChildren();
-  for (const [name, share] of Object.entries(answer.probabilities).sort((a, b) => b[1] - a[1])) {
+  const sorted = Object.entries(answer.probabilities).sort((a, b) => b[1] - a[1]);
+  for (const [name, share] of sorted.slice(0, 20)) {
     const row = $("bars").insertRow(), bar = document.createElement("meter");
     bar.value = share;
     for (const content of [name, bar, percent(share)]) row.insertCell().append(content);
@@ -6272,7 +6771,8 @@ def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_RULES.format(nonce)})
 
     def show_metrics(request: Any) -> Any:
-        lines = [f'dld_requests_total{{run={json.dumps(run)},status="{status}"}} {n}\n'
+        spelt = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
+        lines = [f'dld_requests_total{{run="{run.translate(spelt)}",status="{status}"}} {n}\n'
                  for (run, status), n in sorted(times.items())]
         return PlainTextResponse("# TYPE dld_requests_total counter\n" + "".join(lines),
                                  media_type="text/plain; version=0.0.4")
@@ -6438,12 +6938,13 @@ class Search:
                 trial.set_user_attr("val_loss", state.best["val_loss"])
                 trial.set_user_attr("right", "".join(map(str, right.int().tolist())))
         # Of equal accuracies the lower loss: less than half a sample's worth.
-        return state.best["val_accuracy"] - min(10, state.best["val_loss"]) / (20 * len(right))
+        reached = state.best[judged_by(config.class_weights)]
+        return reached - min(10, state.best["val_loss"]) / (20 * len(right))
 
     def prune_trial(self, trial: Any, state: TrainState) -> None:
         """Give up what lags behind the others, or would not end in time."""
         import optuna
-        trial.report(state.history[-1]["val_accuracy"], state.epoch)
+        trial.report(state.history[-1][judged_by(self.config.class_weights)], state.epoch)
         left = self.budget.left - SECONDS_TO_CLOSE if self.budget.seconds else math.inf
         lags = trial.should_prune() and not trial.user_attrs.get("default")
         if state.epoch < self.config.epochs and (lags or left < state.seconds / state.epoch):
@@ -6673,7 +7174,7 @@ def isolate_notebook(work: Callable[[], Any], log: Log | None = None) -> Any:
         as_keyword = re.sub("^--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(problem))
         failed = type(problem)(as_keyword)
     except KeyboardInterrupt:
-        again = f'; go on with train(resume="{log.path.parent.as_posix()}")' if (
+        again = f"; go on with train(resume={in_quotes(log.path.parent)})" if (
             log and log.path) else ""
         failed = CellInterrupted(f"interrupted{again}")
     finally:
@@ -6708,8 +7209,8 @@ class Result:
         check_run(folder)
         self.folder, self.metrics = folder, read_json(folder / "metrics.json")
         if "test_accuracy" not in self.metrics:
-            raise UsageError(f'{folder} has not finished; go on with '
-                             f'train(resume="{folder.as_posix()}")')
+            raise UsageError(f"{folder} has not finished; go on with "
+                             f"train(resume={in_quotes(folder)})")
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -6898,9 +7399,11 @@ def parse_job(argv: list[str]) -> tuple[str, argparse.Namespace]:
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0], flags)} (--help lists "
-                         "every flag)")
+        word, flags = unknown[0], [flag for each in parser._actions for flag in each.option_strings]
+        meant = (f" (did you mean --task {word}?)" if word in TASKS else
+                 " (did you mean --task?)" if word in ("train", "fit") else
+                 nearest("--" + word.lstrip("-"), flags))
+        raise UsageError(f"unknown argument {word}{meant} (--help lists every flag)")
     asked = {name for name, value in vars(args).items() if value is not None and value is not False}
     jobs = [name for name in JOBS if name in asked]
     if len(jobs) > 1:
@@ -6949,6 +7452,8 @@ def run_command(argv: list[str], log: Log) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed, 2 wrong usage, 3 data not to be had, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.stdout = sys.stdout or nowhere()  # None where a shell closed it: >&-
+    sys.stderr = sys.stderr or nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that lacks a character shows ?
@@ -6959,7 +7464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         if rank == "0":
-            print("interrupted", file=sys.stderr)
+            complain("interrupted")
         return 130
     except Exception as problem:
         if "--debug" in arguments:
@@ -6974,7 +7479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             first, *_ = text.splitlines() or [""]
             text = f"{type(problem).__name__}: {first} (add --debug for the traceback)"
         if rank == "0" or not isinstance(problem, UsageError):  # which the leader says for all
-            print(f"error{where}: {text}", file=sys.stderr)
+            complain(f"error{where}: {text}")
         return problem.code if isinstance(problem, Failure) else 1
     finally:
         if dist.is_available() and dist.is_initialized():

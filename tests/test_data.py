@@ -55,7 +55,7 @@ def test_pictures_of_any_size_and_mode_can_be_opened(tmp_path):
             ("1", (33, 9), "png", 0), ("I;16", (50, 50), "tif", 0), ("CMYK", (64, 64), "jpg", 255),
             ("RGBA", (500, 20), "png", 255), ("LA", (1, 1), "png", 255)):  # clear is white paper
         Image.new(mode, size).save(path := f"{tmp_path / mode[:3]}.{ending}")
-        (name, x), = dld.ImageData.read_inputs(path, meta)
+        (name, x, _), = dld.ImageData.read_inputs(path, meta)
         assert x.shape == (3, 32, 32) and x.dtype == np.uint8 and name == path
         assert abs(x.astype(int) - value).max() <= 1, mode
 

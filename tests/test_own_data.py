@@ -2,6 +2,7 @@
 import csv
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -144,9 +145,11 @@ LINES = ["text,label", *(f"film {i},{i % 2}" for i in range(10))]
 @pytest.mark.parametrize("lines, kept, skipped", [
     ([*LINES, ",1", "no class,", "alone", "a,0"], 11, ["row 11", "row 12", "row 13"]),
     ([*LINES, "w " * 70_000 + ",1"], 11, []),
-    ([*LINES, '"open,1', "b,1"], 10, ["row 11"]),
+    ([*LINES, '"open,1', "b,1"], 11, ["row 11"]),
+    ([*LINES, '"open,1', "b,1", '"two\nlines, ""quoted""",0', "c,1", 'd "e" f,1'], 14, ["row 11"]),
     (['{"text": "a", "label": 1}', "no JSON", '{"text": "b", "label": 2}', "[1]"], 2,
-     ["row 2", "row 4"])], ids=["no text or no class", "a long cell", "an open quote", "no JSON"])
+     ["row 2", "row 4"])],
+    ids=["no text or no class", "a long cell", "an open quote", "one before others", "no JSON"])
 def test_no_row_is_lost_without_being_listed_by_its_number(lines, kept, skipped, tmp_path):
     path = tmp_path / ("a.csv" if lines[0] == LINES[0] else "a.jsonl")
     path.write_text("\n".join(lines))
@@ -158,10 +161,21 @@ def test_rare_classes_can_count_as_much_as_others(shapes):
     few = np.flatnonzero((shapes.y != 3) | (np.arange(len(shapes.y)) % 12 == 0))
     raw = dld.RawData("", shapes.classes, shapes.x[few], shapes.y[few], int((few < 600).sum()))
     for how in ("balanced", "none"):
-        data = dld.build_dataset(raw, dld.resolve_config({"class_weights": how, **OWN}))
-        rows, truth = data.epoch_targets(0, 1)
-        by_class = torch.zeros(10).index_add_(0, data.labels[rows], truth.sum(1))
+        config = dld.resolve_config({"class_weights": how, "label_smoothing": 0.2, **OWN})
+        data = dld.build_dataset(raw, config)
+        rows, labels = data.epoch_targets(0, 1)
+        truth = data.shares(labels)
+        by_class = torch.zeros(10).index_add_(0, labels, truth.sum(1))
         assert torch.allclose(by_class, torch.tensor(len(rows) / 10)) == (how == "balanced")
+        machine = dld.start_machine(config)
+        state, _ = dld.start_training(data, config, machine)
+        torch.nn.init.zeros_(state.model.head.weight)  # no class is preferred
+        rare = (labels == 3).nonzero().flatten()
+        loss, _ = dld.train_step(state, state.model, data.samples.batch(rows[rare]), truth[rare],
+                                 0.1, 1.0, config, machine)
+        weight = len(rows) / 10 / len(rare) if how == "balanced" else 1
+        assert float(loss) == pytest.approx(weight * len(rare) * math.log(10), rel=1e-4), (
+            "smoothing takes nothing of it")
 
 
 @pytest.fixture(scope="module")
