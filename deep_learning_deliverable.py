@@ -26,20 +26,20 @@ TrainState in 4; a new task is an entry of TASKS in 8; write_figures in 12 has e
 Contents, with the line where each section begins:
 
      1  Head ........................... 59
-     2  Config ........................ 191
-     3  Models ........................ 413
-     4  Training ...................... 784
-     5  Evaluation ................... 1265
-     6  Explanations ................. 1766
-     7  Data ......................... 2002
-     8  Tasks ........................ 3714
-     9  Machine ...................... 3974
-    10  Figures ...................... 4587
-    11  Report ....................... 4884
-    12  Runs ......................... 5417
-    13  Using a model ................ 6205
-    14  Search and notebook .......... 6852
-    15  Command line ................. 7326
+     2  Config ........................ 192
+     3  Models ........................ 414
+     4  Training ...................... 785
+     5  Evaluation ................... 1267
+     6  Explanations ................. 1774
+     7  Data ......................... 2014
+     8  Tasks ........................ 3731
+     9  Machine ...................... 3991
+    10  Figures ...................... 4609
+    11  Report ....................... 4906
+    12  Runs ......................... 5441
+    13  Using a model ................ 6235
+    14  Search and notebook .......... 6983
+    15  Command line ................. 7457
 """
 
 # /// script
@@ -104,6 +104,7 @@ import textwrap
 import time
 import types
 import typing
+import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -1061,14 +1062,15 @@ def predict_logits(model: nn.Module, samples: Samples, rows: Tensor,
     # Whole batches are dealt out, so that each is padded as it would be in one process.
     mine = slice(group.rank, None, group.size)
     logits = collect([(where, run(samples.batch(rows[where])))
-                      for where in samples.plan(rows, 128)[mine]])
+                      for where in samples.plan(rows, samples.at_once)[mine]])
     # Averaging over views costs six predictions, and changes few that are sure.
     if samples.tta_margin:
         first, second = logits.topk(2).values.T
         unsure = (first - second < samples.tta_margin).nonzero().flatten()
         if len(unsure):
             averaged = [(where, torch.stack([logits[where], *map(run, samples.views(
-                samples.batch(rows[where])))]).mean(0)) for where in unsure.split(128)[mine]]
+                samples.batch(rows[where])))]).mean(0))
+                for where in unsure.split(samples.at_once)[mine]]
             logits[unsure] = collect(averaged)[unsure]
     return logits
 
@@ -1177,7 +1179,7 @@ def load_file(path: Path, version: int = MODEL_FORMAT) -> dict[str, Any]:
 
 # What a model.pt says of its network besides what building it asks for.
 MODEL_KEYS = {"task", "kind", "dataset", "stand_in", "classes", "model", "width", "columns", "seen",
-              "temperature", "reference", "fingerprint"}
+              "temperature", "reference", "fingerprint", "light_on_dark"}
 
 
 def load_weights(path: Path) -> dict[str, Any]:
@@ -1353,12 +1355,11 @@ def measure_classes(predicted: Tensor, y: Tensor, probs: Tensor,
     classes = probs.shape[1]
     precision, recall, f1, support = skmetrics.precision_recall_fscore_support(
         y, predicted, labels=range(classes), zero_division=np.nan)
-    # One against the rest needs both.
-    there = (support > 0) & (support < len(y))
-    auc = np.full(classes, np.nan)
-    if there.any():
-        auc[there] = skmetrics.roc_auc_score(F.one_hot(y, classes)[:, there], probs[:, there],
-                                             average=None)
+    # One against the rest, by the ranks of its own samples (scikit-learn takes 2 ms a class).
+    ranks = stats.rankdata(probs.numpy(), axis=0)[np.arange(len(y)), y]
+    above = np.bincount(y, ranks, classes) - support * (support + 1) / 2
+    pairs = support * (len(y) - support).astype(float)
+    auc = np.divide(above, pairs, out=np.full(classes, np.nan), where=pairs > 0)
     return pd.DataFrame({"class": list(names) or range(classes), "support": support,
                          "precision": precision, "recall": recall, "f1": f1, "auc": auc})
 
@@ -1507,7 +1508,8 @@ def most_wrong_labels(y: Tensor, probs: Tensor) -> int:
     order = probs.amax(1).argsort(descending=True, stable=True)
     contradicted = (probs.argmax(1) != y)[order]
     sizes = {max(min(50, len(y)), int(len(y) * share)) for share in (0.05, 0.1, 0.25, 0.5)}
-    return math.ceil(len(y) * min(wilson(int(contradicted[:n].sum()), n)[1] for n in sizes))
+    share = min(wilson(int(contradicted[:n].sum()), n)[1] for n in sizes)
+    return math.ceil(len(y) * share) if share < 0.5 else 0  # it knows nothing of these classes
 
 
 def find_suspect_labels(rows: Tensor, part: str, y: Tensor, probs: Tensor) -> list[dict[str, Any]]:
@@ -1633,7 +1635,7 @@ def phrase_baseline(data: Dataset) -> tuple[str, Tensor]:
     model = PhraseModel(data.samples.tokens, train, data.labels[train], len(data.meta["classes"]),
                         longest=2, weighed=False)
     predicted = model.probabilities(data.parts["test"]).argmax(1)
-    return "TF-IDF of words and word pairs + logistic regression", predicted
+    return f"TF-IDF of words and word pairs + {model.name}", predicted
 
 
 class PhraseModel:
@@ -1647,10 +1649,13 @@ class PhraseModel:
         from sklearn.dummy import DummyClassifier
         from sklearn.feature_extraction.text import TfidfTransformer
         from sklearn.linear_model import LogisticRegression
+        from sklearn.naive_bayes import ComplementNB
         self.tokens, self.classes, self.longest = tokens, classes, longest
         # What occurs once says nothing about new texts.
         phrases, times = np.unique(self.phrases(rows)[0], return_counts=True)
         self.known = phrases[times > 1] if (times > 1).any() else phrases
+        if len(self.known) > (most := 8_000_000 // classes):  # a weight for each class and phrase
+            self.known = np.sort(phrases[times.argsort(kind="stable")[-most:]])
         counts = self.count(rows)
         self.weight = np.ones(len(self.known), np.float32)
         if weighed:
@@ -1660,7 +1665,10 @@ class PhraseModel:
             self.weight = np.ptp(np.log(shares), 0).astype(np.float32)
         self.scale = TfidfTransformer(sublinear_tf=True).fit(counts)
         several = len(y.unique()) > 1
-        model = LogisticRegression(C=10, max_iter=200) if several else DummyClassifier()
+        # Logistic regression needs gigabytes where there are many classes.
+        self.name = "logistic regression" if classes <= 100 else "naive Bayes"
+        model = (DummyClassifier() if not several else ComplementNB() if classes > 100 else
+                 LogisticRegression(C=10, max_iter=200))
         self.model = model.fit(self.features(counts), y.numpy())
 
     def phrases(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -1903,6 +1911,10 @@ def integrated_gradients(model: nn.Module, x: Tensor, label: Tensor, steps: int 
 def explain_images(model: nn.Module, x: Tensor, label: Tensor) -> dict[str, Tensor]:
     """Grad-CAM where the model has maps, else integrated gradients: {name: [B, H, W] in 0-1}."""
     model.eval()
+    if len(x) > (most := max(1, 2**22 // x[0, 0].numel())):  # gradients of large ones fill memory
+        parts = [explain_images(model, *some) for some in zip(x.split(most), label.split(most),
+                                                              strict=True)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if layers := find_map_layers(model, x):
         return {"gradcam": grad_cam(model, x, label, layers)}
     return {"saliency": scale_to_one(integrated_gradients(model, x, label).relu())}
@@ -2195,6 +2207,7 @@ class SampleData:
     shown = (24, 12, 4)  # in a figure; explained at random; explained of the mistakes
     tested, test_cost = 100, 80  # explanations put to the test; predictions that one takes
     tta_margin = 0.0  # where the best logit leads by less, views are averaged
+    at_once = 128  # so many are predicted at a time
     # pack(x): samples as they come, as one array. arrays(): all that a network can see of them.
     # fit_preprocessing(packed, rows, config): what the training rows teach.
     # plan(rows, size, order): positions in `rows`, batch by batch.
@@ -2242,6 +2255,7 @@ class ImageData(SampleData):
         self.mean = torch.tensor(meta["mean"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.std = torch.tensor(meta["std"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.augment: dict[str, Any] = meta["augment"]
+        self.at_once = max(1, min(128, 2**23 // meta["side"] ** 2))  # for the memory's sake
         # A fifth of the pictures are less sure, and bring all of the gain (0.6 points).
         self.tta_margin = 1.0 if meta["views"] else 0.0
 
@@ -2499,7 +2513,8 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
     except Image.UnidentifiedImageError as problem:
         raise UnreadableSample("not a picture that can be read") from problem
     except Exception as problem:  # a damaged file can raise nearly anything
-        raise UnreadableSample(f"not a picture that can be read ({problem})") from problem
+        why = getattr(problem, "strerror", None) or problem
+        raise UnreadableSample(f"not a picture that can be read ({why})") from problem
     if clear:  # transparent means white paper
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     # Cropped to its middle square rather than squeezed: shapes stay what they are.
@@ -3233,13 +3248,13 @@ def list_samples(root: Path, kind: int) -> tuple[list[SampleFile], Skipped]:
         part = PART_NAMES.get(folders.pop(0).lower(), "") if in_parts and folders else ""
         if not folders or (in_parts and not part):
             continue  # it lies beside the folders of the classes
-        called = clean(path.as_posix())
+        called = clean_name(path.as_posix())
         if not name.lower().endswith(endings):
             skipped.append((called, f"its ending is not that of {what}"))
         elif not (root / path).is_file():
             skipped.append((called, "neither a file nor a link to one"))
         else:
-            found.append(SampleFile(called, clean(folders[0]), part, root / path))
+            found.append(SampleFile(called, clean_name(folders[0]), part, root / path))
     others = sum(path.name.lower().endswith(other_endings) for path in files)
     if others > 2 * len(found):
         raise UsageError(f"--data {root}: hardly any {what}, but {others:,} files that fit another "
@@ -3347,7 +3362,7 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
     """The user's folder of pictures as a data set; decoded once, then mapped from the disk."""
     found, skipped = list_pictures(config)
     root = Path(config.data).expanduser()
-    name = clean(root.resolve().name)
+    name = clean_name(root.resolve().name)
     class_names(name, found)  # refuses a single class before the long work
     found = assign_parts(found, config)
     form = picture_format(found, config)
@@ -3491,6 +3506,8 @@ def list_rows(path: Path, config: Config, say: Callable[[str], Any],
               usual: Sequence[str]) -> tuple[list[SampleFile], Skipped, tuple[str, str]]:
     """The samples of a table, each named by its row; what is none; the columns that are used."""
     table, skipped = read_table(path)
+    for name, why in [(name, why) for name, why in skipped if "quote" in why][:3]:
+        say(f"WARNING  {path.name}, {name}: {why}")
     text, label = (named or (name if name in table else "") for named, name in zip(
         (config.text_column, config.label_column), usual, strict=True))
     text, label = find_columns(table, path, text, label)
@@ -3508,7 +3525,8 @@ def list_rows(path: Path, config: Config, say: Callable[[str], Any],
         elif not isinstance(content, str) or not content.strip():
             skipped.append((f"row {row}", f"no text in the column {text}"))
         else:
-            found.append(SampleFile(f"row {row}", clean(str(said).strip()), part, clean(content)))
+            label = clean_name(str(said).strip())
+            found.append(SampleFile(f"row {row}", label, part, clean(content)))
     # A column of free text or of numbers is not a class; found out before hours are spent on it.
     kinds = len({one.label for one in found})
     if kinds > max(50, len(found) // 4) or kinds > 2000:
@@ -3542,7 +3560,7 @@ def read_texts(config: Config, say: Callable[[str], Any]) -> RawData:
     path, (found, skipped, columns) = Path(config.data).expanduser(), list_texts(config, say)
     found = assign_parts(found, config)
     texts = [one.content.replace("\0", " ") for one in found]
-    name, packed = clean(path.resolve().stem), None
+    name, packed = clean_name(path.resolve().stem), None
     if sum(map(len, texts)) > 5_000_000:  # cutting takes seconds
         packed = tokenize_once(config.data_path / "cache" / name, "\0".join(texts), lambda: texts)
     return own_raw_data(name, texts, found, skipped, columns=columns, packed=packed)
@@ -3557,11 +3575,10 @@ def open_table(path: Path, meta: Meta) -> Iterator[Given]:
     usual, label = (name if name in table else "" for name in meta["columns"])
     column, label = find_columns(table, path, meta.get("column_asked_for") or usual, label,
                                  labelled=False)
-    said = table[label].map(lambda v: clean(str(v).strip())) if label else pd.Series(dtype=object)
-    if label != meta["columns"][1] and not said[said != ""].isin(meta["classes"]).all():
-        label = ""
-    labels = said if label else [None] * len(table)
-    for row, text, truth in zip(table.index, table[column], labels, strict=True):
+    labels = [clean_name(str(value).strip()) for value in table[label]] if label else []
+    if label != meta["columns"][1] and not {*labels} <= {*meta["classes"], ""}:
+        labels = []
+    for row, text, truth in itertools.zip_longest(table.index, table[column], labels):
         there = isinstance(text, str) and text.strip()
         yield Given(f"row {row}", clean(text) if there else UnreadableSample("no text"), truth)
     yield from (Given(name, UnreadableSample(why)) for name, why in broken)
@@ -3997,6 +4014,11 @@ def clean(text: str) -> str:
     """
     return re.sub("[\ud800-\udfff]", lambda half: chr(ord(half[0]) - 0xDC00)
                   if "\udc80" <= half[0] <= "\udcff" else "\ufffd", text)
+
+
+def clean_name(text: str) -> str:
+    """The same for the name of a class or a sample, which must stay on its line."""
+    return printable(re.sub(r"\s", " ", clean(text)))
 
 
 def printable(text: str) -> str:
@@ -5193,6 +5215,8 @@ def say_suspects(m: Meta) -> str:
     """How many labels are probably wrong, and how far the list of them can be trusted."""
     text = (f"Suspect labels: {m['suspect_labels']:,}, by a network that had not learnt from them; "
             "it may be the network that errs.")
+    if m["doubted_labels"] and not m["suspect_labels"]:
+        return "Suspect labels: none can be named, since this network errs even where it is surest."
     if m["suspect_labels"] < m["doubted_labels"]:
         text += (f" It doubts {m['doubted_labels']:,}: more than can be wrong, since where it is "
                  "surest it contradicts fewer. The order of the list is useful, its length is not.")
@@ -5503,9 +5527,11 @@ def load_model(run: Path, machine: Machine) -> tuple[nn.Module, Meta]:
         # Anything can stand in a file: what it says must be enough for a prediction.
         blank = "" if kind is TextData else np.zeros(
             (meta["channels"], meta["side"], meta["side"]), np.uint8)
+        samples, row = kind(kind.pack([blank]), meta), torch.tensor([0])
         with torch.no_grad():
-            logits = model.eval()(kind(kind.pack([blank]), meta).batch(torch.tensor([0])))
-        if logits.shape != (1, len(meta["classes"])) or not logits.isfinite().all():
+            logits = model.eval()(samples.batch(row))
+        if not (logits.shape == (1, len(meta["classes"])) and logits.isfinite().all()
+                and {*samples.statistics(row), "confidence"} == meta["reference"].keys()):
             raise ValueError("no prediction")
     except Exception as problem:
         raise UsageError(f"{run / 'model.pt'}: its weights and what it says of them do not fit "
@@ -5565,8 +5591,11 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dic
     for old in ("mistakes", "suspects", "near_repeats", "deletion"):
         (folder / f"{old}.png").unlink(missing_ok=True)
     matrix, classes = condense(evaluation.matrix, evaluation.classes)
-    plot_confusion(matrix, classes, folder / "confusion_matrix.png", title, normalise=False)
-    plot_confusion(matrix, classes, folder / "confusion_matrix_norm.png", title, normalise=True)
+    several = "\nthe classes with the most mistakes" * (len(matrix) < len(evaluation.matrix))
+    plot_confusion(matrix, classes, folder / "confusion_matrix.png", title + several,
+                   normalise=False)
+    plot_confusion(matrix, classes, folder / "confusion_matrix_norm.png", title + several,
+                   normalise=True)
     plot_reliability(calibration_bins(probabilities(evaluation.logits, 1.0), evaluation.y),
                      calibration_bins(evaluation.probs, evaluation.y),
                      folder / "reliability.png", title)
@@ -5699,17 +5728,17 @@ def origin_of(data: Dataset, config: Config) -> dict[str, Any]:
     """What may not change while a run goes on."""
     free = (*RESUMABLE_SETTINGS, "data", "report")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
-    return {**settings, "fingerprint": data.fingerprint}
+    return {**settings, "fingerprint": data.fingerprint, "data": config.data}
 
 
 def check_origin(path: Path, found: Any, wanted: dict[str, Any]) -> None:
     """Refuse to go on from what was saved with other settings, or on other data."""
     found = found if isinstance(found, dict) else {}
     for key, value in wanted.items():
-        if found.get(key) != value:
+        if found.get(key) != value and key != "data":  # which may have moved
             raise UsageError(
-                f"{path}: the data has changed since this run began; put back what it was, or "
-                "start a new run" if key == "fingerprint" else
+                f"--data {wanted['data']} has changed since {path} was saved; put back what it "
+                "was, or start a new run" if key == "fingerprint" else
                 f"{path} does not fit its config.json: {flag_name(key)} was {found.get(key)}, and "
                 f"is {value} there; was either of another run?")
 
@@ -6066,10 +6095,11 @@ def print_summary(run: Run) -> None:
     lines += [f"{m['folds']} folds       {say_folds(m)}"] if "folds" in m else []
     lines += ["Baseline      " + line.replace(": ", f":\n{blank}", 1) for line in others]
     lines += [f"Time          {m['seconds_total']:.0f} s, {m['seconds_training']:.0f} s of it "
-              "training", f"Results       {folder.resolve()}",
-              f"Report        {(folder / 'report.html').resolve()}",
-              f"Next          {this_command()} --predict {data.samples.example} --run "
-              f"{quoted(folder)}"]
+              "training", f"Results       {folder.resolve()}"]
+    if not run.lost:
+        lines += [f"Report        {(folder / 'report.html').resolve()}",
+                  f"Next          {this_command()} --predict {data.samples.example} --run "
+                  f"{quoted(folder)}"]
     lines += [f"Note          trained on {data.name}"] if data.stand_in_slug else []
     run.log("\n".join(lines))
 
@@ -6398,9 +6428,12 @@ def say_prediction(ready: Predictor, samples: Samples, row: int, found: Any) -> 
 def describe_run(ready: Predictor) -> Meta:
     """What a stranger should know: a visitor of the server, the owner of an exported file."""
     keys = ("task", "kind", "model", "dataset", "stand_in", "classes")
-    recorded = ready.run / "metrics.json"  # only model.pt has to be there
-    accuracy = read_json(recorded).get("test_accuracy") if recorded.exists() else None
-    return {"name": clean(ready.run.resolve().name), "test_accuracy": accuracy,
+    accuracy = None
+    with contextlib.suppress(UsageError):  # only model.pt has to be there, and sound
+        accuracy = read_json(ready.run / "metrics.json").get("test_accuracy")
+    if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:  # NaN too
+        accuracy = None
+    return {"name": clean_name(ready.run.resolve().name), "test_accuracy": accuracy,
             **{key: ready.meta[key] for key in keys}}
 
 
@@ -6586,7 +6619,8 @@ def export(form: str, run: Path, given: Meta, log: Log) -> Path:
 # -- serving -------------------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES, MAX_CONNECTIONS = 16_000_000, 64
-SECONDS_TO_SEND = 20.0  # that the body of a request may take to arrive
+SECONDS_TO_SEND = 20.0  # that the head, and then the body of a request may take to arrive
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 TEMPLATES["served"] = """{% extends "page" %}{% block body %}
 <style nonce="{{ nonce }}">
@@ -6700,7 +6734,7 @@ async def read_body(request: Any) -> bytes:
 
 def read_sample(ready: Predictor, content: str, body: bytes) -> Any:
     """The sample in a request's body: a file as it is, or JSON."""
-    takes = f"{ready.run.resolve().name} takes {ready.kind.request}"
+    takes = f"{clean_name(ready.run.resolve().name)} takes {ready.kind.request}"
     sent: Any = body
     if content == "application/json":
         try:
@@ -6724,7 +6758,7 @@ def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -
     samples = ready.pack([read_sample(ready, content, body)])
     probs = ready.probabilities(samples)
     best, rounded = int(probs.argmax()), [round(share, 6) for share in probs[0].tolist()]
-    answer = {"run": ready.run.resolve().name, "predicted": ready.classes[best],
+    answer = {"run": clean_name(ready.run.resolve().name), "predicted": ready.classes[best],
               "confidence": rounded[best],
               "probabilities": dict(zip(ready.classes, rounded, strict=True))}
     if explain:
@@ -6754,7 +6788,31 @@ async def predict_request(request: Any, predictors: dict[str, Predictor],
                                        explain == "1")
 
 
-def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
+def host_of(address: str) -> str:
+    """The name in a Host header or an origin: without its scheme, port and brackets."""
+    return (urllib.parse.urlsplit(f"//{address.rpartition('//')[2]}").hostname or "").rstrip(".")
+
+
+def refuse_strangers(request: Any, names: Sequence[str]) -> None:
+    """Refuse what another site's page may have sent through the browser of somebody here.
+
+    Such a page may point its own name at this machine (DNS rebinding), or just post; `names` are
+    those that this server answers to, or nothing for any.
+    """
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        asked, sender = host_of(host), host_of(origin) if origin else ""
+    except ValueError:
+        asked = sender = ""
+    if not asked or (names and asked not in names):
+        known = ", ".join(dict.fromkeys(names)) or "requests with a Host"
+        raise Refused(421, f"this server answers to {known} alone; start it with --host NAME for "
+                      "another")
+    if origin and (sender != asked or origin.rpartition("//")[2].lower() != host.lower()):
+        raise Refused(403, "a page of another site may not ask here")
+
+
+def build_app(predictors: dict[str, Predictor], log: Log, names: Sequence[str] = ()) -> Any:
     """The FastAPI application: a page, /health, /metrics, and POST /predict."""
     from fastapi import FastAPI
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
@@ -6803,7 +6861,75 @@ def build_app(predictors: dict[str, Predictor], log: Log) -> Any:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=routes,
                   exception_handlers={HTTPException: refuse})
     app.router.redirect_slashes = False
+
+    @app.middleware("http")
+    async def guard(request: Any, answer: Any) -> Any:
+        try:
+            refuse_strangers(request, names)
+        except Refused as problem:
+            return JSONResponse({"error": problem.args[1]}, problem.args[0])
+        return await answer(request)
+
     return app
+
+
+def guarded_protocol() -> Any:
+    """uvicorn's HTTP, but who sends no head in time is left, the first where many are connected.
+
+    Each connection holds a file, and without one nobody can be answered.
+    """
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+    waiting: dict[Any, Any] = {}  # connections that owe a head, oldest first: their last request
+
+    class Guarded(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > MAX_CONNECTIONS and waiting:
+                next(iter(waiting)).leave()
+            self.expect_head(None)
+
+        def expect_head(self, done: Any) -> None:
+            waiting[self] = done
+            self.deadline = self.loop.call_later(SECONDS_TO_SEND, self.leave)
+
+        def leave(self) -> None:
+            if self in waiting:
+                del waiting[self]
+                self.transport.abort()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not waiting.get(self):  # a head is complete: a request has begun
+                self.deadline.cancel()
+                waiting.pop(self, None)
+
+        def on_response_complete(self) -> None:
+            done = self.cycle
+            super().on_response_complete()
+            if self.cycle is done:  # else the next request has come already
+                self.deadline.cancel()
+                self.expect_head(done)
+
+        def connection_lost(self, problem: Exception | None) -> None:
+            self.deadline.cancel()
+            waiting.pop(self, None)
+            super().connection_lost(problem)
+
+    return Guarded
+
+
+def saying_once(log: Log) -> Callable[[logging.LogRecord], bool]:
+    """A filter for what asyncio complains of again and again, as that there are no files left."""
+    said = set[str]()
+
+    def hear(record: logging.LogRecord) -> bool:
+        text = f"WARNING  {record.getMessage().splitlines()[0]}"
+        if text not in said:
+            log(text)
+        said.add(text)
+        return False
+
+    return hear
 
 
 def open_port(host: str, port: int) -> socket.socket:
@@ -6824,7 +6950,9 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
     """Answer requests for predictions until Ctrl-C."""
     refuse_settings(given, "serve", ("device", "precision"))
     require("--serve", "fastapi", "uvicorn")
-    named = {run.resolve().name: run for run in runs}
+    named = {clean_name(run.resolve().name): run for run in runs}
+    # Behind 0.0.0.0 any name may lead here; else this machine's own, and the one that was given.
+    names = () if host in ("", "0.0.0.0", "::") else (*LOOPBACK, host.lower())
     if len(named) < len(runs):
         raise UsageError("--serve: each --run needs a folder name of its own")
     import uvicorn
@@ -6838,9 +6966,12 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
         headers = [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
                    ("Cache-Control", "no-store")]
         settings = uvicorn.Config(
-            build_app(ready, log), log_level="critical", access_log=False, lifespan="off",
-            http="h11", ws="none", loop="asyncio", server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=3, limit_concurrency=MAX_CONNECTIONS, headers=headers)
+            build_app(ready, log, names), log_level="critical", access_log=False, lifespan="off",
+            http=guarded_protocol(), ws="none", loop="asyncio", server_header=False,
+            proxy_headers=False, timeout_graceful_shutdown=3, headers=headers,
+            # As many connections are accepted before the first of them can be closed again.
+            backlog=16, limit_concurrency=MAX_CONNECTIONS + 1)
+        logging.getLogger("asyncio").addFilter(saying_once(log))
         where = f"[{host}]" if ":" in host else host
         log(f"Serving {', '.join(named)} at http://{where}:{door.getsockname()[1]}/ until Ctrl-C")
         with InterruptHandler(), contextlib.suppress(KeyboardInterrupt):

@@ -64,7 +64,7 @@ def port(runs, tmp_path_factory):
         yield port
         assert server.poll() is None, "nothing may end it"
         with socket.create_connection(("127.0.0.1", port)) as line:
-            line.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+            line.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
             time.sleep(0.2)
             server.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
             out, err = server.communicate(timeout=120)
@@ -307,7 +307,7 @@ CHUNKS = [b"10000\r\n" + bytes(65536) + b"\r\n"] * 7
     (b"Content-Length: -1", [b"abcde"], 400)])
 def test_a_body_that_never_ends_or_comes_gets_one_answer_and_no_connection(
         runs, port, header, parts, status):
-    said, head = b"", (f"POST {place(runs['cifar10'])} HTTP/1.1\r\nHost: x\r\n"
+    said, head = b"", (f"POST {place(runs['cifar10'])} HTTP/1.1\r\nHost: localhost\r\n"
                        "Content-Type: image/png\r\n").encode()
     with socket.create_connection(("127.0.0.1", port), timeout=120) as line:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -321,15 +321,54 @@ def test_a_body_that_never_ends_or_comes_gets_one_answer_and_no_connection(
     assert get(port, "/health")[0] == 200
 
 
-def test_too_many_at_a_time_are_sent_away_and_may_come_back(runs, port):
-    def wait_for(status):
-        return any(get(port, "/health")[0] == status or time.sleep(0.05) for _ in range(1000))
+HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
 
+
+def open_connections(held, port, n, sent):
+    for _ in range(n):
+        line = held.enter_context(socket.create_connection(("127.0.0.1", port)))
+        with contextlib.suppress(OSError):
+            line.sendall(sent)
+        yield line
+
+
+def test_too_many_at_a_time_are_sent_away_and_may_come_back(runs, port):
     with contextlib.ExitStack() as held:
-        for _ in range(24):
-            held.enter_context(socket.create_connection(("127.0.0.1", port)))
-        assert wait_for(503)
-    assert wait_for(200)
+        [*open_connections(held, port, 24, HEAD + b"\r\n")]  # whose bodies never come
+        time.sleep(0.3)
+        assert get(port, "/health")[0] == 503
+    assert any(get(port, "/health")[0] == 200 or time.sleep(0.05) for _ in range(1000))
+
+
+def test_who_sends_no_head_is_left_and_others_are_answered_meanwhile(runs, port):
+    with contextlib.ExitStack() as held:
+        lines = [*open_connections(held, port, 50, HEAD)]
+        assert get(port, "/health")[0] == 200, "the first of them have gone"
+        for _ in range(15):  # the others trickle on
+            time.sleep(0.1)
+            for line in lines:
+                with contextlib.suppress(OSError):
+                    line.sendall(b"X: 1\r\n")
+        for line in lines:
+            line.settimeout(20)
+            with contextlib.suppress(ConnectionResetError):
+                assert line.recv(1) == b""
+
+
+STRANGERS = [  # what the Host and the Origin say, and the status
+    ({}, 422), ({"Host": "localhost"}, 422), ({"Host": "[::1]:80"}, 422),
+    ({"Host": "evil.com"}, 421), ({"Host": "127.0.0.1.evil.com"}, 421), ({"Host": ""}, 421),
+    ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 422),
+    ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
+    ({"Origin": "http://evil.com"}, 403), ({"Origin": "null"}, 403), ({"Host": "[::1"}, 421)]
+
+
+@pytest.mark.parametrize(("headers", "status"), STRANGERS, ids=[str(row) for row in STRANGERS])
+def test_only_pages_of_this_server_may_ask_it(runs, port, headers, status):
+    got, _, said = ask(port, place(runs["mnist"]), b"no picture", {**PNG, **headers})
+    assert (got, set(json.loads(said))) == (status, {"error"})
+    assert headers.get("Origin") or ask(port, "/", None, headers, "GET")[0] == (
+        200 if status == 422 else status)
 
 
 # -- exported ------------------------------------------------------------------------------------
