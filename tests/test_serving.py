@@ -321,7 +321,7 @@ def test_a_body_that_never_ends_or_comes_gets_one_answer_and_no_connection(
     assert get(port, "/health")[0] == 200
 
 
-HEAD = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+HEAD = b"POST /predict?run=mnist HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
 
 
 def open_connections(held, port, n, sent):
