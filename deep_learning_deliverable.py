@@ -3525,8 +3525,8 @@ def list_rows(path: Path, config: Config, say: Callable[[str], Any],
         elif not isinstance(content, str) or not content.strip():
             skipped.append((f"row {row}", f"no text in the column {text}"))
         else:
-            label = clean_name(str(said).strip())
-            found.append(SampleFile(f"row {row}", label, part, clean(content)))
+            found.append(SampleFile(f"row {row}", clean_name(str(said).strip()), part,
+                                    clean(content)))
     # A column of free text or of numbers is not a class; found out before hours are spent on it.
     kinds = len({one.label for one in found})
     if kinds > max(50, len(found) // 4) or kinds > 2000:
@@ -3576,7 +3576,8 @@ def open_table(path: Path, meta: Meta) -> Iterator[Given]:
     column, label = find_columns(table, path, meta.get("column_asked_for") or usual, label,
                                  labelled=False)
     labels = [clean_name(str(value).strip()) for value in table[label]] if label else []
-    if label != meta["columns"][1] and not {*labels} <= {*meta["classes"], ""}:
+    if label != meta["columns"][1] and not (label.lower() in LABEL_COLUMNS
+                                            and {*labels} <= {*meta["classes"], ""}):
         labels = []
     for row, text, truth in itertools.zip_longest(table.index, table[column], labels):
         there = isinstance(text, str) and text.strip()
@@ -5422,7 +5423,7 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
     head, *rows = ([key.replace("_", " "), *runs[key].map(form.format)]
                    for key, form in COMPARED_FORMATS.items())
     rows.append(["folder", *map(str, folders)])
-    lines = [head, ["---"] * len(head), *([*map(markdown, cells)] for cells in rows)]
+    lines = [[*map(markdown, cells)] for cells in (head, ["---"] * len(head), *rows)]
     write_text(report, "\n".join([
         f"# {markdown(title)}", "", *(f"| {' | '.join(cells)} |" for cells in lines), "",
         f"![comparison]({picture.name})", "",
@@ -7092,14 +7093,20 @@ class Search:
         return table.assign(number=table["number"] + 1, state=state,
                             default=table["default"].eq(True).astype(int))
 
-    def after_trial(self, study: Any, trial: Any) -> None:
-        """A line, and what the folder keeps should this process be killed."""
-        table, so_far = self.trials(study), ""
+    def write(self, study: Any) -> pd.DataFrame:
+        """What the folder keeps should this process be killed; returns the trials."""
+        table = self.trials(study)
         write_csv(self.folder / "trials.csv", table.drop(columns="right"))
         if (table["state"] == "complete").any():
-            best = study.best_trial
             write_json(self.folder / "best.json",
-                       dataclasses.asdict(replace(self.config, **best.params)))
+                       dataclasses.asdict(replace(self.config, **study.best_trial.params)))
+        return table
+
+    def after_trial(self, study: Any, trial: Any) -> None:
+        """A line about a trial, and about the best so far."""
+        so_far = ""
+        if (self.write(study)["state"] == "complete").any():
+            best = study.best_trial
             so_far = f"best {best.user_attrs['val_accuracy']:.2%} ({best.number + 1})   "
         attrs = trial.user_attrs
         what = "the default" if attrs.get("default") else say_settings(trial.params)
@@ -7110,7 +7117,7 @@ class Search:
 
     def conclude(self, study: Any) -> None:
         """The figures, and how far the best is to be believed."""
-        table = self.trials(study)
+        table = self.write(study)  # all may have been done when this process began
         done = table[table["state"] == "complete"]
         if not len(done):
             raise Failure("no trial was finished; give a longer --budget, fewer --epochs, or a "

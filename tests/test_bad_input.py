@@ -23,7 +23,9 @@ MNIST = "--task mnist --data offline --device cpu"
 FLAGS = [
     ("--task cifer10", "sentiment, images, text, all (did you mean cifar10?)"),
     ("--taks mnist", "unknown argument --taks (did you mean --task?)"),
-    ("mnist", "unknown argument mnist"),
+    ("mnist", "unknown argument mnist (did you mean --task mnist?)"),
+    ("train", "unknown argument train (did you mean --task?)"),
+    ("--image-size 3", "--image-size 3: must be at least 4"),
     ("--epochs many", "invalid int value: 'many'"),
     (f"--epochs {10**30}", "must be at least 1 and at most 1000000"),
     ("--lr nan", "--lr takes a finite number"),
@@ -177,6 +179,16 @@ def change(name, **values):
         {**torch.load(run / name, weights_only=True), **values}, run / name)
 
 
+def alter(name, part, **values):
+    """The same, of a part of it; None: it is not there."""
+    def harm(run):
+        saved = torch.load(run / name, weights_only=True)
+        part_now = {**saved[part], **values}
+        saved[part] = {key: part_now[key] for key in part_now if part_now[key] is not None}
+        torch.save(saved, run / name)
+    return harm
+
+
 def edit(name, **values):
     """A config.json or metrics.json with other contents."""
     return write(name, lambda blob: json.dumps({**json.loads(blob), **values}))
@@ -199,6 +211,19 @@ RUNS = [
     (folder("model.pt"), LOOK, "model.pt is damaged or not made by this program"),
     (write("model.pt", flip), LOOK, "model.pt is damaged"),
     (change("model.pt", meta=Bomb()), LOOK, "model.pt is damaged"),
+    *((alter("model.pt", "meta", **{key: value}), LOOK, "model.pt: something in it is missing")
+      for key, value in (("temperature", math.nan), ("temperature", 0.0), ("temperature", "1"),
+                         ("classes", None), ("reference", None), ("stand_in", None))),
+    (alter("model.pt", "weights", **{"1.weight": torch.full((128, 784), math.nan)}), LOOK,
+     "model.pt: something in it is missing, or no number"),
+    *((alter("model.pt", "meta", **{key: value}), LOOK, "what it says of them do not fit together")
+      for key, value in (("side", 0), ("side", 10**6), ("channels", None), ("classes", ["a"]),
+                         ("mean", None), ("width", -1), ("model", "no such"))),
+    (alter("checkpoint.pt", "origin", seed=7), MORE, "--seed was 7, and is 0 there"),
+    (alter("checkpoint.pt", "origin", fingerprint="0"), MORE, "has changed since run/checkpoint"),
+    (change("checkpoint.pt", origin=None), MORE, "does not fit its config.json"),
+    (alter("model.pt", "meta", fingerprint="0"), "--evaluate --run run",
+     "has changed since this run was trained"),
     (change("model.pt", format=99), LOOK, "format 99, this version of the program reads"),
     (edit("metrics.json", status="running"), "--compare run .", "this run has not finished"),
     (lose("predictions.csv"), "--compare run .", "not a run folder of this version"),
@@ -211,10 +236,10 @@ RUNS = [
 ]
 
 
-def in_run(harm):
+def in_run(harm, task="mnist"):
     """A copy of a finished run with something wrong in it."""
     def arrange(place, finished):
-        shutil.copytree(finished["mnist"], place / "run")
+        shutil.copytree(finished[task], place / "run")
         pictures("picture.png")(place)
         harm(place / "run")
     return arrange
@@ -240,6 +265,13 @@ TABLE = [  # how it is arranged, the flags, the exit code, the message
     (alone(write("own.csv", "text,label\na,1\nb,2\n")), "--task text --data own.csv "
      f"--label-column labl {CPU}", 2, "no such column (did you mean label?)"),
     *((in_run(harm), flags, 2, message) for harm, flags, message in RUNS),
+    *((in_run(alter("model.pt", "meta", max_tokens=n), "sentiment"), "--predict good --run run", 2,
+       "what it says of them do not fit together") for n in (0, -1, "a")),
+    (alone(pictures("own/a/x.png", "own/b/y.png")), f"--task text --data own {CPU}", 2,
+     "but 2 files that fit another task; try --task images"),
+    (alone(write("own/a/x.txt", "good")), f"--task images --data own {CPU}", 2, "try --task text"),
+    (alone(write("own.csv", "text,label\na,1\nb,2\n")), f"--task images --data own.csv {CPU}", 2,
+     "--data own.csv: a table of texts? Then try --task text"),
     (alone(write("file", "")), f"{MNIST} --output-dir file/x", 1, "cannot write into"),
 ]
 
