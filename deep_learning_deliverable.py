@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1267
      6  Explanations ................. 1774
      7  Data ......................... 2014
-     8  Tasks ........................ 3731
-     9  Machine ...................... 3991
-    10  Figures ...................... 4609
-    11  Report ....................... 4906
-    12  Runs ......................... 5441
-    13  Using a model ................ 6235
-    14  Search and notebook .......... 6983
-    15  Command line ................. 7457
+     8  Tasks ........................ 3732
+     9  Machine ...................... 3992
+    10  Figures ...................... 4610
+    11  Report ....................... 4907
+    12  Runs ......................... 5442
+    13  Using a model ................ 6236
+    14  Search and notebook .......... 6976
+    15  Command line ................. 7456
 """
 
 # /// script
@@ -6789,28 +6789,28 @@ async def predict_request(request: Any, predictors: dict[str, Predictor],
                                        explain == "1")
 
 
-def host_of(address: str) -> str:
-    """The name in a Host header or an origin: without its scheme, port and brackets."""
-    return (urllib.parse.urlsplit(f"//{address.rpartition('//')[2]}").hostname or "").rstrip(".")
+def host_of(header: str) -> str:
+    """The name in a Host header, without port and brackets; nothing where there is none."""
+    with contextlib.suppress(ValueError):
+        return (urllib.parse.urlsplit(f"//{header}").hostname or "").rstrip(".")
+    return ""
 
 
-def refuse_strangers(request: Any, names: Sequence[str]) -> None:
-    """Refuse what another site's page may have sent through the browser of somebody here.
+async def refuse_strangers(names: Sequence[str], request: Any, answer: Any) -> Any:
+    """Do not answer what another site's page may send through the browser of somebody here.
 
     Such a page may point its own name at this machine (DNS rebinding), or just post; `names` are
     those that this server answers to, or nothing for any.
     """
+    from fastapi.responses import JSONResponse
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    try:
-        asked, sender = host_of(host), host_of(origin) if origin else ""
-    except ValueError:
-        asked = sender = ""
+    asked, known = host_of(host), ", ".join(dict.fromkeys(names)) or "requests with a Host"
     if not asked or (names and asked not in names):
-        known = ", ".join(dict.fromkeys(names)) or "requests with a Host"
-        raise Refused(421, f"this server answers to {known} alone; start it with --host NAME for "
-                      "another")
-    if origin and (sender != asked or origin.rpartition("//")[2].lower() != host.lower()):
-        raise Refused(403, "a page of another site may not ask here")
+        said = f"this server answers to {known} alone; start it with --host NAME for another"
+        return JSONResponse({"error": said}, 421)
+    if origin and origin.rpartition("//")[2].lower() != host.lower():
+        return JSONResponse({"error": "a page of another site may not ask here"}, 403)
+    return await answer(request)
 
 
 def build_app(predictors: dict[str, Predictor], log: Log, names: Sequence[str] = ()) -> Any:
@@ -6862,15 +6862,7 @@ def build_app(predictors: dict[str, Predictor], log: Log, names: Sequence[str] =
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=routes,
                   exception_handlers={HTTPException: refuse})
     app.router.redirect_slashes = False
-
-    @app.middleware("http")
-    async def guard(request: Any, answer: Any) -> Any:
-        try:
-            refuse_strangers(request, names)
-        except Refused as problem:
-            return JSONResponse({"error": problem.args[1]}, problem.args[0])
-        return await answer(request)
-
+    app.middleware("http")(functools.partial(refuse_strangers, names))
     return app
 
 

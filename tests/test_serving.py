@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -51,8 +52,10 @@ def port(runs, tmp_path_factory):
     """Of a server of these runs and of a bare model; a signal ends it, also while somebody asks."""
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
-    bare = tmp_path_factory.mktemp("bare")
+    bare = tmp_path_factory.mktemp("bare") / 'a "run"'
+    bare.mkdir()
     (bare / "model.pt").write_bytes((runs["mnist"] / "model.pt").read_bytes())
+    (bare / "metrics.json").write_text('{"test_accuracy": NaN}')  # it must not break the others
     server = subprocess.Popen(
         [sys.executable, "-c", CODE, *map(str, runs.values()), str(bare)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
@@ -249,8 +252,9 @@ def test_health_metrics_and_page(runs, port):
     for one, run in zip(told, runs.values(), strict=True):
         assert one["name"] == run.name and one["stand_in"]
         assert one["test_accuracy"] == metrics_of(run)["test_accuracy"]
-    ask(port, place(runs["mnist"]), b"x", PNG)
-    assert f'{{run="{runs["mnist"].name}",status="422"}} ' in get(port, "/metrics")[2].decode()
+    for name, spelt in (("mnist", "mnist"), ('a "run"', r'a \"run\"')):
+        ask(port, f"/predict?run={urllib.parse.quote(name)}", b"x", PNG)
+        assert f'{{run="{spelt}",status="422"}} ' in get(port, "/metrics")[2].decode()
     status, headers, page = get(port, "/")
     policy = headers["Content-Security-Policy"]
     assert status == 200 and "default-src 'none'" in policy and "unsafe" not in policy
@@ -353,6 +357,13 @@ def test_who_sends_no_head_is_left_and_others_are_answered_meanwhile(runs, port)
             line.settimeout(20)
             with contextlib.suppress(ConnectionResetError):
                 assert line.recv(1) == b""
+
+
+def test_what_asyncio_complains_of_is_said_once(capsys):
+    hear = dld.saying_once(dld.Log())
+    for text in ["no files left\nmore", "no files left\nmore", "another"] * 9:
+        assert not hear(logging.LogRecord("asyncio", 40, "", 0, text, (), None)), "nowhere else"
+    assert capsys.readouterr().out == "WARNING  no files left\nWARNING  another\n"
 
 
 STRANGERS = [  # what the Host and the Origin say, and the status
