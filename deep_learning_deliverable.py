@@ -29,17 +29,17 @@ Contents, with the line where each section begins:
      2  Config ........................ 192
      3  Models ........................ 414
      4  Training ...................... 785
-     5  Evaluation ................... 1267
-     6  Explanations ................. 1774
-     7  Data ......................... 2014
-     8  Tasks ........................ 3732
-     9  Machine ...................... 3992
-    10  Figures ...................... 4610
-    11  Report ....................... 4907
-    12  Runs ......................... 5442
-    13  Using a model ................ 6236
-    14  Search and notebook .......... 6976
-    15  Command line ................. 7456
+     5  Evaluation ................... 1271
+     6  Explanations ................. 1778
+     7  Data ......................... 2018
+     8  Tasks ........................ 3781
+     9  Machine ...................... 4042
+    10  Figures ...................... 4660
+    11  Report ....................... 4958
+    12  Runs ......................... 5501
+    13  Using a model ................ 6300
+    14  Search and notebook .......... 7044
+    15  Command line ................. 7528
 """
 
 # /// script
@@ -1029,8 +1029,9 @@ def close_epoch(state: TrainState, context: Context) -> None:
     # Without a validation part nothing can be chosen: the last epoch counts.
     if not (best and len(rows)) or (now[judge], -val_loss) > (best[judge], -best["val_loss"]):
         state.best, state.best_logits = dict(state.history[-1]), logits
-        state.best_weights = {name: value.detach().cpu().clone()
-                              for name, value in state.model.state_dict().items()}
+        state.best_weights = state.model.state_dict()  # not a plain dict: it knows its version
+        for name, value in state.best_weights.items():
+            state.best_weights[name] = value.detach().cpu().clone()
     elif state.epochs_since_best % 2 == 0:
         state.plateau *= 0.3
 
@@ -1179,7 +1180,7 @@ def load_file(path: Path, version: int = MODEL_FORMAT) -> dict[str, Any]:
 
 # What a model.pt says of its network besides what building it asks for.
 MODEL_KEYS = {"task", "kind", "dataset", "stand_in", "classes", "model", "width", "columns", "seen",
-              "temperature", "reference", "fingerprint", "light_on_dark"}
+              "temperature", "reference", "fingerprint", "light_on_dark", "augment"}
 
 
 def load_weights(path: Path) -> dict[str, Any]:
@@ -1188,8 +1189,11 @@ def load_weights(path: Path) -> dict[str, Any]:
     try:
         meta, weights = saved["meta"], saved["weights"]
         reference = np.concatenate([*meta["reference"].values()])
+        classes = [*meta["classes"]]
         sound = (meta.keys() >= MODEL_KEYS and 0 < meta["temperature"] < math.inf
-                 and all(isinstance(name, str) for name in meta["classes"])
+                 and meta["kind"] in ("image", "text") and isinstance(meta["augment"], dict)
+                 and len({*classes}) == len(classes) and all(isinstance(c, str) for c in classes)
+                 and len(meta["columns"]) == 2 and meta["seen"].dtype == torch.int64
                  and np.isfinite(reference).all()
                  and all(bool(value.isfinite().all()) for value in weights.values()))
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -1540,12 +1544,12 @@ def measure_issues(data: Dataset, issues: pd.DataFrame, right: Tensor) -> dict[s
 
     seen = torch.cat((data.parts["train"], data.parts["val"])).tolist()
     repeats = issues[issues["fault"] == "repeat"]
-    leaked = {*repeats[(repeats["part"] == "test") & repeats["other_row"].isin(seen)]["row"],
-              *issues[issues["fault"] == "learnt by --init"]["row"]}
+    copies = {*repeats[(repeats["part"] == "test") & repeats["other_row"].isin(seen)]["row"]}
+    leaked = copies | {*issues[issues["fault"] == "learnt by --init"]["row"]}
     near = leaked | {*issues[issues["fault"] == "near repeat"]["row"]}
     return {"test_repeats": len(leaked), "test_accuracy_without_repeats": accuracy_without(leaked),
             "train_repeats": tally("repeat", "train", "val"),
-            "test_own_repeats": tally("repeat", "test") - len(leaked),
+            "test_own_repeats": tally("repeat", "test") - len(copies),
             "repeats_with_other_label": int((repeats["label"] != repeats["other_class"]).sum()),
             "near_repeats": len(near) - len(leaked),
             "test_accuracy_without_near_repeats": accuracy_without(near),
@@ -2490,8 +2494,9 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
     side, grey = meta["side"], meta["channels"] == 1
     try:
         if isinstance(source, np.ndarray):
-            if source.dtype != np.uint8:
-                raise ValueError(f"an array of {source.dtype}; give uint8, 0 to 255")
+            if source.dtype != np.uint8 or source.ndim not in (2, 3) or not source.size:
+                raise ValueError(f"an array {source.dtype} {list(source.shape)}; give uint8, 0 to "
+                                 "255, [H, W] or [H, W, C]")
             source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
         if isinstance(source, str | os.PathLike):
             source = io.BytesIO(read_bytes(Path(source)))
@@ -2830,7 +2835,7 @@ class TextData(SampleData):
             kind = ""  # a long sentence is no possible file name
         if kind == "folder":
             yield from (Given(str(path), read_text(path)) for path in list_files(place)
-                        if path.suffix == ".txt")
+                        if path.suffix.lower() == ".txt" and path.is_file())
         elif kind and place.suffix.lower() in TABLE_ENDINGS:
             yield from open_table(place, meta)
         elif kind:
@@ -3242,14 +3247,18 @@ def list_samples(root: Path, kind: int) -> tuple[list[SampleFile], Skipped]:
     files = [path.relative_to(root) for path in list_files(root)]
     outermost = {path.parts[0].lower() for path in files if len(path.parts) > 2}
     in_parts = "train" in {PART_NAMES.get(name) for name in outermost}
+    if outermost and not in_parts and outermost <= PART_NAMES.keys():
+        raise DataError(f"{root} holds {' and '.join(sorted(outermost))}, but no folder train")
     found, skipped = [], []
     for path in files:
         *folders, name = path.parts
         part = PART_NAMES.get(folders.pop(0).lower(), "") if in_parts and folders else ""
+        called, fits = clean_name(path.as_posix()), name.lower().endswith(endings)
+        if in_parts and fits and not (part and folders):
+            skipped.append((called, "in no class of train, val or test"))
         if not folders or (in_parts and not part):
             continue  # it lies beside the folders of the classes
-        called = clean_name(path.as_posix())
-        if not name.lower().endswith(endings):
+        if not fits:
             skipped.append((called, f"its ending is not that of {what}"))
         elif not (root / path).is_file():
             skipped.append((called, "neither a file nor a link to one"))
@@ -3290,8 +3299,13 @@ def assign_parts(found: list[SampleFile], config: Config) -> list[SampleFile]:
 
 def class_names(name: str, found: list[SampleFile]) -> list[str]:
     """The classes, in the order in which people count and spell."""
-    classes = sorted({one.label for one in found}, key=lambda label: [
-        (int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"(\d+)", label)])
+    def digits_by_value(label: str) -> list[tuple[int, str]]:
+        pieces = [piece.lstrip("0") if piece.isdecimal() else piece
+                  for piece in re.split(r"(\d+)", label)]
+        return [*((len(piece) if piece.isdecimal() else -1, piece) for piece in pieces),
+                (-1, label)]
+
+    classes = sorted({one.label for one in found}, key=digits_by_value)
     if len(classes) < 2:
         raise DataError(f"{name} has only the class {', '.join(classes)}; at least two are needed")
     return classes
@@ -3391,10 +3405,12 @@ def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
         blob = read_bytes(path)
     wide = blob.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = blob.decode("utf-16", "replace") if wide else decode(blob.removeprefix(codecs.BOM_UTF8))
+    if 10 * text.count("\0") > len(text):
+        raise DataError(f"{path} is in an encoding that is not known here; save it as UTF-8")
     text, ending = text.replace("\0", " "), path.suffix.lower()
     skipped: Skipped = []
     table = (read_objects(text, skipped) if ending in JSON_ENDINGS
-             else read_cells(text, "\t" if ending == ".tsv" else ",;\t|", skipped))
+             else read_cells(text, "\t" if ending == ".tsv" else "\t|;,", skipped))
     if not len(table):
         raise DataError(f"{path} holds no rows")
     return table, skipped
@@ -3402,71 +3418,99 @@ def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
 
 def number_repeats(names: Sequence[str]) -> list[str]:
     """text, label, text -> text, label, text (2): no column hides another."""
-    return [f"{name} ({n})" if (n := names[:i + 1].count(name)) > 1 else name
-            for i, name in enumerate(names)]
+    found, taken = dict[str, None](), {*names}
+    for name in names:
+        free, number = name, 1
+        while free in found or (number > 1 and free in taken):
+            number += 1
+            free = f"{name} ({number})"
+        found[free] = None
+    return [*found]
 
 
 def read_objects(text: str, skipped: Skipped) -> pd.DataFrame:
     """JSON objects, one a line or all in one array; a bad line costs itself alone."""
     def parse(line: str) -> Any:
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(line, object_pairs_hook=lambda pairs: dict(zip(
-                number_repeats([key for key, _ in pairs]), (value for _, value in pairs),
-                strict=True)))
+            return json.loads(line, object_pairs_hook=make_object)
         return None
+
+    def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(made := dict(pairs)) == len(pairs):
+            return made
+        keys, values = zip(*pairs, strict=True)
+        return dict(zip(number_repeats(keys), values, strict=True))
 
     rows = parse(text)
     if not isinstance(rows, list):
-        rows = [parse(line) for line in text.split("\n") if line.strip()]
+        rows = [parse(line) for line in re.split(r"[\r\n]+", text) if line.strip()]
     good = {i: row for i, row in enumerate(rows, 1) if isinstance(row, dict)}
     skipped += [(f"row {i}", "not a JSON object") for i in range(1, len(rows) + 1) if i not in good]
     return pd.DataFrame([*good.values()], [*good], dtype=object)
 
 
-def split_cells(text: str, separator: str, unclosed: dict[int, int]) -> list[list[str]]:
-    """Rows of cells; where a quote is never closed, its line alone: the row's place -> the line."""
-    # Not pandas' reader: it loses long cells and all that follows an unclosed quote.
+def split_cells(text: str, separator: str) -> Iterator[tuple[list[str], int, bool]]:
+    """For each row: its cells, the number of its line, and whether a quote in it is never closed.
+
+    Such a row ends with its line: no other is lost with it, as with pandas' reader.
+    """
     csv.field_size_limit(2**31 - 1)
-    lines, rows, first = [*io.StringIO(text, newline="")], list[list[str]](), 0
-    while first < len(lines):
-        reader = csv.reader(itertools.islice(lines, first, None), delimiter=separator)
-        start = first
-        for cells in reader:
-            begin, first = first, start + reader.line_num
-            if first > begin + 1:  # several lines: one cell that holds them, or a quote that ate
-                try:
-                    [*csv.reader(lines[begin:first], delimiter=separator, strict=True)]
-                except csv.Error:
-                    cells, = csv.reader([lines[begin]], delimiter=separator,
-                                        quoting=csv.QUOTE_NONE)
-                    unclosed[len(rows)], first = begin + 1, begin + 1
-                    rows.append(cells)
-                    break
-            if any(map(str.strip, cells)):
-                rows.append(cells)
-    return rows
+    lines, place = [*io.StringIO(text, newline="")], 0
+
+    def feed() -> Iterator[str]:
+        nonlocal place
+        while place < len(lines):
+            place += 1
+            yield lines[place - 1]
+
+    while place < len(lines):
+        begin, unclosed = place, False
+        try:
+            cells = next(csv.reader(feed(), delimiter=separator, strict=True))
+        except csv.Error:  # a quote is not closed, or not where its cell ends
+            place = begin + 1
+            cells, = csv.reader(lines[begin:place], delimiter=separator)
+            try:
+                [*csv.reader(lines[begin:place], delimiter=separator, strict=True)]
+            except csv.Error as problem:
+                unclosed = "end of data" in str(problem)
+        if any(map(str.strip, cells)):
+            yield cells, begin + 1, unclosed
+
+
+def find_separator(text: str, separators: str) -> str:
+    """What cuts the most of the first lines into the same number of cells."""
+    lines = [*itertools.islice(io.StringIO(text, newline=""), 100)]
+
+    def fit(separator: str) -> int:
+        width, rows = Counter(map(len, csv.reader(lines, delimiter=separator))).most_common(1)[0]
+        return rows if width > 1 else 0
+
+    return max(separators, key=fit)
 
 
 def read_cells(text: str, separators: str, skipped: Skipped) -> pd.DataFrame:
     """Rows of cells, under the names in the first one, or numbered if that is like the others."""
-    first = next(filter(str.strip, text.splitlines()), "")
-    unclosed: dict[int, int] = {}
-    rows = split_cells(text, max(separators, key=first.count), unclosed)
-    if not rows:
+    if not text.strip():
         return pd.DataFrame()
-    head = [cell.strip() for cell in rows[0]]
+    rows = [*split_cells(text, find_separator(text, separators))]
+    head = [cell.strip() for cell in rows[0][0]]
     width = len(head)
-    table = pd.DataFrame([(cells + [None] * width)[:width] for cells in rows], dtype=object)
+    table = pd.DataFrame([(cells + [None] * width)[:width] for cells, *_ in rows], dtype=object)
     usual = {name.lower() for name in head} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
     repeats = any(head[i] in set(table[i].iloc[1:1000]) for i in table)
-    if not usual and (repeats or max(map(len, head)) > 60):
+    sentence = max(map(len, head)) > 60 or (width == 1 and " " in head[0])
+    if not usual and (repeats or sentence):
         table = table.set_axis([f"{i + 1}" for i in table], axis=1).set_axis(table.index + 1)
     else:
-        table = table.iloc[1:].set_axis(number_repeats(head), axis=1)
-    places = [*unclosed] if len(table) < len(rows) else [place + 1 for place in unclosed]
-    skipped += [(f"row {place}", f"a quote that is never closed (line {line})")
-                for place, line in zip(places, unclosed.values(), strict=True)]
-    return table.drop(index=[place for place in places if place in table.index])
+        table, rows = table.iloc[1:].set_axis(number_repeats(head), axis=1), rows[1:]
+    odd = {row: "a quote that is never closed" if unclosed else
+           f"{len(cells)} cells, where the first line has {width}"
+           for row, (cells, _, unclosed) in zip(table.index, rows, strict=True)
+           if unclosed or any(map(str.strip, cells[width:]))}
+    skipped += [(f"row {row}", f"{why} (line {rows[row - table.index[0]][1]})")
+                for row, why in odd.items()]
+    return table.drop(index=[*odd])
 
 
 def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
@@ -3506,21 +3550,25 @@ def list_rows(path: Path, config: Config, say: Callable[[str], Any],
               usual: Sequence[str]) -> tuple[list[SampleFile], Skipped, tuple[str, str]]:
     """The samples of a table, each named by its row; what is none; the columns that are used."""
     table, skipped = read_table(path)
-    for name, why in [(name, why) for name, why in skipped if "quote" in why][:3]:
+    for name, why in [(name, why) for name, why in skipped if "(line" in why][:3]:
         say(f"WARNING  {path.name}, {name}: {why}")
     text, label = (named or (name if name in table else "") for named, name in zip(
         (config.text_column, config.label_column), usual, strict=True))
     text, label = find_columns(table, path, text, label)
     several = [name for name in (text, label) if f"{name} (2)" in table]
-    say(f"Columns {text} (the text) and {label} (the class) of {path.name}"
-        + f"; of several called {' and '.join(several)} the first" * bool(several))
     split = next((name for name in table if name.lower() in ("split", "part", "subset")), text)
     parts = table[split].astype(str).str.strip().str.lower().map(PART_NAMES)
-    if parts.isna().any():  # no such column, or one that means something else
+    named = bool(parts.notna().mean() > 0.5)  # else no such column, or one that means another thing
+    if not named:
         parts = pd.Series("", table.index)
+    say(f"Columns {text} (the text) and {label} (the class) of {path.name}"
+        + f", {split} (the part)" * named
+        + f"; of several called {' and '.join(several)} the first" * bool(several))
     found = []
     for row, content, said, part in zip(table.index, table[text], table[label], parts, strict=True):
-        if isinstance(said, dict | list) or pd.isna(said) or not str(said).strip():
+        if pd.isna(part):
+            skipped.append((f"row {row}", f"neither training, validation nor test in {split}"))
+        elif isinstance(said, dict | list) or pd.isna(said) or not str(said).strip():
             skipped.append((f"row {row}", f"no class in the column {label}"))
         elif not isinstance(content, str) or not content.strip():
             skipped.append((f"row {row}", f"no text in the column {text}"))
@@ -3575,7 +3623,8 @@ def open_table(path: Path, meta: Meta) -> Iterator[Given]:
     usual, label = (name if name in table else "" for name in meta["columns"])
     column, label = find_columns(table, path, meta.get("column_asked_for") or usual, label,
                                  labelled=False)
-    labels = [clean_name(str(value).strip()) for value in table[label]] if label else []
+    labels = ["" if isinstance(value, dict | list) or pd.isna(value) else
+              clean_name(str(value).strip()) for value in table[label]] if label else []
     if label != meta["columns"][1] and not (label.lower() in LABEL_COLUMNS
                                             and {*labels} <= {*meta["classes"], ""}):
         labels = []
@@ -3864,11 +3913,12 @@ def check_dataset(data: Dataset, config: Config, group: DistributedContext) -> l
                          "needed here: 2 for batch norm, and one for each process")
     notes = [f"no {'validation' if part == 'val' else part} sample of {some}: nothing can be said "
              "about it there" for part, some in lacking.items() if some]
-    folded = Counter(map(str.casefold, names))
+    folded = Counter(name.casefold().strip() for name in names)
     notes += [f"the class {name!r}: are these samples without a class?" for name in names
               if name.casefold() in ("nan", "none", "null", "na", "n/a", "?")]
-    notes += [f"the classes {shorten(alike)} differ in case alone: are they one?" for alike in (
-        [name for name in names if name.casefold() == one] for one in folded if folded[one] > 1)]
+    notes += [f"the classes {shorten([*map(repr, alike)])} differ in case or blanks alone: are "
+              "they one?" for alike in ([name for name in names if name.casefold().strip() == one]
+                                        for one in folded if folded[one] > 1)]
     rare, common = int(times["train"].argmin()), int(times["train"].argmax())
     few, many = int(times["train"][rare]), int(times["train"][common])
     if many > 5 * few and config.class_weights == "none":
@@ -4628,7 +4678,8 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
              "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
              "legend.fontsize": 9, "figure.titlesize": 11.5}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a sign that the font lacks is drawn as a box
+        # A sign that the font lacks is drawn as a box, a name that is too long beyond the edge.
+        warnings.simplefilter("ignore", UserWarning)
         # Not pyplot: it keeps every figure in memory, and changes what a notebook shows.
         figure = Figure(figsize=(width, height), dpi=FIGURE_DPI, layout="constrained")
         FigureCanvasAgg(figure)
@@ -5391,10 +5442,18 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
         tested = pd.read_csv(run / "predictions.csv", dtype={"true": str}, keep_default_na=False)
         history = pd.read_csv(run / "history.csv")
         # Equal for runs that were tested on the same samples, which can be compared in pairs.
-        metrics["test"] = hash((metrics["dataset"], *tested["row"], *tested["true"]))
         metrics["kind"] = TASKS[metrics["task"]].kind
-        if missing := {*COMPARED_FORMATS, "model"} - {"label"} - metrics.keys():
+        # Of pictures not the pixels: runs may differ in the size that they were brought to.
+        content = metrics["test_content_sha256"] if metrics["kind"] == "text" else ""
+        metrics["test"] = hash((metrics["dataset"], content, *tested["row"], *tested["true"]))
+        if missing := {*COMPARED_FORMATS, "model", "stand_in"} - {"label"} - metrics.keys():
             raise ValueError(f"{min(missing)} is missing")
+        for key, form in COMPARED_FORMATS.items():
+            value = metrics.get(key, "")
+            if isinstance(value, str) != (form == "{}") or re.search("nan|inf", form.format(
+                    value) * (form != "{}")):
+                raise ValueError(f"{key} is {value!r}")
+        history = history[["epoch", "val_loss", "val_accuracy"]].astype(float)
         return metrics, tested["correct"].to_numpy(bool), history
     except (OSError, KeyError, ValueError, TypeError) as problem:
         raise UsageError(f"--compare {run}: not a run folder of this version ({problem})"
@@ -5521,7 +5580,7 @@ def load_model(run: Path, machine: Machine) -> tuple[nn.Module, Meta]:
     """The model of a finished run, on its device, and its meta."""
     check_run(run)
     saved = load_weights(run / "model.pt")
-    meta, kind = saved["meta"], SAMPLES.get(saved["meta"]["kind"], ImageData)
+    meta, kind = saved["meta"], SAMPLES[saved["meta"]["kind"]]
     try:
         model = build_model(meta)
         model.load_state_dict(saved["weights"])
@@ -5937,7 +5996,12 @@ def cross_validate(run: Run) -> HeldOut:
     rows, group, kept = data.parts["train"], machine.group, run.folder / "folds.pt"
     # More epochs than those that are done so far are not the same folds.
     origin = run.state.origin | {"epochs": config.epochs}
-    done: Meta = group.broadcast(load_file(kept) if group.is_leader and kept.exists() else {})
+    try:
+        done: Meta = group.broadcast(load_file(kept) if group.is_leader and kept.exists() else {})
+        if done and done["logits"].shape != (len(rows), len(data.meta["classes"])):
+            raise UsageError(f"{kept} is not of this run")
+    except (UsageError, KeyError, AttributeError) as problem:
+        raise UsageError(f"{problem}; delete it, and all folds are trained again") from problem
     if done:
         check_origin(kept, done.get("origin"), run.state.origin)
     if done.get("origin") != origin:
@@ -6266,7 +6330,7 @@ class Predictor:
         if self.kind is TextData and any(one.name != one.sample for one in given):
             table["text"] = [one.sample for one in given]
         if any(one.label is not None for one in given):
-            table["label"] = [one.label for one in given]
+            table["label"] = [one.label or "" for one in given]
         table = table.assign(predicted=best, confidence=probs.amax(1).numpy())
         return table.join(probability_columns(probs, self.classes))
 
@@ -6337,6 +6401,9 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
     if output and (output.is_dir() or not output.absolute().parent.is_dir()):
         why = "a folder; name a file" if output.is_dir() else "no such folder"
         raise UsageError(f"--output {output}: {why}")
+    taken = [*map(Path, arguments), *run.glob("*")] if output and output.exists() else []
+    if any(each.exists() and output.samefile(each) for each in taken if output):
+        raise UsageError(f"--output {output}: an input, or a file of the run; name another")
     if explain and not output:
         raise UsageError("--explain needs --output FILE.csv: its figures are put beside that")
     # In float32: a prediction should not depend on what else the processor can do.
@@ -6362,8 +6429,6 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         listed = ", ".join(f"{n:,} {name}" for name, n in times.most_common(10))
         log(f"{plural(times.total(), 'prediction')}: {listed}{' ...' * (len(times) > 10)}")
         written = [output, *written]
-    if log.unsaid and not output and not isinstance(log.unsaid, BrokenPipeError):
-        raise Failure(f"cannot write to the screen: {log.unsaid.strerror}")
     for name, why in ready.problems[:5]:
         log(f"WARNING  {name}: {why}")
     if (more := len(ready.problems) - 5) > 0:
@@ -6771,6 +6836,7 @@ def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -
 async def predict_request(request: Any, predictors: dict[str, Predictor],
                           turn: asyncio.Lock) -> Meta:
     """The answer to POST /predict."""
+    from starlette.requests import ClientDisconnect
     known, explain = ", ".join(predictors), request.query_params.get("explain", "0")
     name = request.query_params.get("run", known if len(predictors) == 1 else None)
     if explain not in ("0", "1"):
@@ -6783,6 +6849,8 @@ async def predict_request(request: Any, predictors: dict[str, Predictor],
         body = await asyncio.wait_for(read_body(request), SECONDS_TO_SEND)
     except asyncio.TimeoutError:
         raise Refused(408, "the request came too slowly") from None
+    except ClientDisconnect:
+        raise Refused(400, "the request has no end") from None
     content = request.headers.get("content-type", "").split(";")[0].strip().lower()
     async with turn:  # one model works at a time
         return await asyncio.to_thread(answer_request, predictors[name], content, body,
@@ -7300,6 +7368,8 @@ def isolate_notebook(work: Callable[[], Any], log: Log | None = None) -> Any:
         with (torch.random.fork_rng(list(range(torch.cuda.device_count()))),
               warnings.catch_warnings()):
             return work()
+    except OSError as problem:
+        failed = Failure(f"{problem.filename or problem}: {problem.strerror}")
     except Failure as problem:
         as_keyword = re.sub("^--([a-z-]+)", lambda flag: flag[1].replace("-", "_"), str(problem))
         failed = type(problem)(as_keyword)
@@ -7417,6 +7487,8 @@ def show_explanations(ready: Predictor, samples: Samples, table: pd.DataFrame) -
 
 def load(folder: str | os.PathLike[str]) -> Result:
     """A finished run from its folder."""
+    if not isinstance(folder, str | os.PathLike):
+        raise UsageError(f"load takes a run folder, got {folder!r}")
     return isolate_notebook(lambda: Result(Path(folder)))
 
 
@@ -7577,6 +7649,9 @@ def run_command(argv: list[str], log: Log) -> None:
         if in_notebook():
             from IPython.display import display
             display(Result(folder))
+    if job in ("predict", "evaluate", "compare") and not args.output and log.unsaid and not (
+            isinstance(log.unsaid, BrokenPipeError)):  # a reader that has seen enough
+        raise Failure(f"cannot write to the screen: {log.unsaid.strerror}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -115,7 +115,7 @@ TABLES = [
      "row 51: a quote that is never closed (line 52)"),
     ("text,label", [*ROWS[:50], '"' + ROWS[50], *ROWS[51:150], '"a, b",p'], 150, "(line 52)"),
     ("text,label,text", [f"{row},other" for row in ROWS], 200, "of several called text the first"),
-    ("text,label", [*ROWS, "a,P"], 201, "the classes P, p differ in case alone"),
+    ("text,label", [*ROWS, "a,P"], 201, "the classes 'P', 'p' differ in case"),
     ("text,label", [*ROWS, "a,nan"], 201, "the class 'nan': are these samples without"),
 ]
 

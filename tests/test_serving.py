@@ -337,10 +337,13 @@ def open_connections(held, port, n, sent):
 
 
 def test_too_many_at_a_time_are_sent_away_and_may_come_back(runs, port):
-    with contextlib.ExitStack() as held:
-        [*open_connections(held, port, 24, HEAD + b"\r\n")]  # whose bodies never come
-        time.sleep(0.3)
-        assert get(port, "/health")[0] == 503
+    def overload():
+        with contextlib.ExitStack() as held:
+            [*open_connections(held, port, 24, HEAD + b"\r\n")]  # whose bodies never come
+            time.sleep(0.3)
+            return get(port, "/health")[0]
+
+    assert any(overload() == 503 for _ in range(5)), "on a busy machine they come too slowly"
     assert any(get(port, "/health")[0] == 200 or time.sleep(0.05) for _ in range(1000))
 
 
