@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1271
      6  Explanations ................. 1778
      7  Data ......................... 2018
-     8  Tasks ........................ 3781
-     9  Machine ...................... 4042
-    10  Figures ...................... 4660
-    11  Report ....................... 4958
-    12  Runs ......................... 5501
-    13  Using a model ................ 6300
-    14  Search and notebook .......... 7044
-    15  Command line ................. 7528
+     8  Tasks ........................ 3785
+     9  Machine ...................... 4047
+    10  Figures ...................... 4665
+    11  Report ....................... 4963
+    12  Runs ......................... 5506
+    13  Using a model ................ 6305
+    14  Search and notebook .......... 7049
+    15  Command line ................. 7533
 """
 
 # /// script
@@ -1180,7 +1180,7 @@ def load_file(path: Path, version: int = MODEL_FORMAT) -> dict[str, Any]:
 
 # What a model.pt says of its network besides what building it asks for.
 MODEL_KEYS = {"task", "kind", "dataset", "stand_in", "classes", "model", "width", "columns", "seen",
-              "temperature", "reference", "fingerprint", "light_on_dark", "augment"}
+              "temperature", "reference", "fingerprint", "light_on_dark", "augment", "white"}
 
 
 def load_weights(path: Path) -> dict[str, Any]:
@@ -2038,6 +2038,7 @@ class RawData:
     names: Sequence[str] = ()  # of each row, in the user's own data
     skipped: Sequence[tuple[str, str]] = ()  # what could not be used, and why
     columns: tuple[str, str] = ("", "")  # of the user's table: with the text, and the class
+    white: float = 0.0  # in the user's pictures, if they have more than 8 bits
     packed: Any = None  # x as one array, once that has been made
 
 
@@ -2508,7 +2509,9 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
             deep = re.search("RGBA?;16", str(getattr(file, "tile", "")))
             picture = ImageOps.exif_transpose(file)
             if picture.mode[0] in "IF":
-                picture = Image.fromarray(eight_bits(np.asarray(picture)))
+                values, own = np.asarray(picture), white_of(np.asarray(picture))
+                white = meta.get("white") or own  # of all the training pictures, where they were so
+                picture = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
             elif deep and np.asarray(picture.convert("RGB")).max() < 64:
                 raise ValueError("16-bit colours that are nearly black: save them with 8 bits")
             clear = "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA")
@@ -2530,18 +2533,17 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
     return 255 - x if meta["light_on_dark"] and border > 127 else x
 
 
-def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of more than 8 bits, by what the file holds: 0 to 1, or 8, 10, 12, 14, 16 bits.
+def white_of(values: np.ndarray) -> float:
+    """What is white where grey values have more than 8 bits: 1, or the most of 8, 10 ... 16 bits.
 
-    A camera's 12 bits in a file of 16 would otherwise be nearly black.
+    By what is there: a camera's 12 bits in a file of 16 would otherwise be nearly black.
     """
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high < 65536:  # NaN too
         raise ValueError(f"values from {low:g} to {high:g}, and what is white is not known: save "
                          "it with 8 bits")
-    white = 1.0 if values.dtype.kind == "f" and high <= 1 else next(
-        2 ** bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2 ** bits)
-    return (values / white * 255).astype(np.uint8)
+    return 1.0 if values.dtype.kind == "f" and high <= 1 else next(
+        2.0 ** bits - 1 for bits in (8, 10, 12, 14, 16) if high < 2 ** bits)
 
 
 # -- texts ---------------------------------------------------------------------------------------
@@ -3325,17 +3327,19 @@ def picture_format(found: list[SampleFile], config: Config) -> Meta:
     """Side and channels for these pictures, from the heads of some of their files."""
     from PIL import Image
     # The heads of a thousand files tell enough.
-    sides, modes = [], set()
+    sides, modes, whites = [], set(), [0.0]
     for i in np.random.default_rng(0).permutation(len(found))[:1000]:
         with contextlib.suppress(Exception), Image.open(found[i].content) as file:
             sides.append(min(file.size))
             modes.add(file.mode)
+            if file.mode[0] in "IF" and len(whites) < 300:  # these are read: the same for all
+                whites.append(white_of(np.asarray(file)))
     if not sides:
         raise DataError(f"none of the pictures can be read, for example {found[0].name}")
     grey = config.colour == "grey" or (
         config.colour == "auto" and modes <= {"1", "L", "LA", "I", "F", "I;16"})
     return {"side": config.image_size or min(64, max(8, int(np.median(sides)))),
-            "channels": 1 if grey else 3, "light_on_dark": False}
+            "channels": 1 if grey else 3, "light_on_dark": False, "white": max(whites)}
 
 
 def decode_pictures(found: list[SampleFile], form: Meta, place: Path) -> None:
@@ -3396,7 +3400,7 @@ def read_pictures(config: Config, say: Callable[[str], Any]) -> RawData:
     skipped += [(found[i].name, why) for i, why in broken.items()]
     good = [i for i in range(len(found)) if i not in broken]
     pixels = made["pixels.npy"][good] if broken else made["pixels.npy"]
-    return own_raw_data(name, pixels, [found[i] for i in good], skipped)
+    return own_raw_data(name, pixels, [found[i] for i in good], skipped, white=form["white"])
 
 
 def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
@@ -3871,7 +3875,8 @@ def build_dataset(raw: RawData, config: Config, parts: dict[str, Tensor] | None 
     meta = {"task": config.task, "kind": task.kind, "dataset": raw.name,
             "stand_in": bool(raw.stand_in_slug), "classes": raw.classes, "model": config.model,
             "dropout": config.dropout, "light_on_dark": task.light_on_dark,
-            "columns": raw.columns, "seen": torch.empty(0, dtype=torch.int64), **learnt,
+            "columns": raw.columns, "white": raw.white,
+            "seen": torch.empty(0, dtype=torch.int64), **learnt,
             "width": config.width, "views": config.views,
             "augment": {key: value for key, value in task.augment.items()
                         if config.augment and (config.flip or key != "flip")}}
@@ -6601,10 +6606,10 @@ def export_facts(ready: Predictor) -> Meta:
         name, preparation = "pixels", {
             "side": meta["side"], "channels": meta["channels"], "resize": "bicubic",
             "mode": "L" if meta["channels"] == 1 else "RGB", "crop": "centre",
-            "light_on_dark": meta["light_on_dark"], "steps": [
-                "upright by its EXIF data; grey values of more than 8 bits to 0-255, white being "
-                "1, or the first of 8, 10, 12, 14, 16 bits that holds them; transparent on white; "
-                "to `mode`",
+            "light_on_dark": meta["light_on_dark"], "white": meta["white"], "steps": [
+                "upright by its EXIF data; grey values of more than 8 bits to 0-255, by `white`, "
+                "or if that is 0 by 1 or the first of 8, 10, 12, 14, 16 bits that holds them; "
+                "transparent on white; to `mode`",
                 "Pillow's ImageOps.fit to `side` x `side`, of a large JPEG after Pillow's draft",
                 "if `light_on_dark` and the median of its four edges is above 127: 255 - x",
                 "0 to 255, [channel, row, column]: the network normalises"]}

@@ -115,6 +115,11 @@ TABLES = [
      "row 51: a quote that is never closed (line 52)"),
     ("text,label", [*ROWS[:50], '"' + ROWS[50], *ROWS[51:150], '"a, b",p'], 150, "(line 52)"),
     ("text,label,text", [f"{row},other" for row in ROWS], 200, "of several called text the first"),
+    ("label,text", ["p,good, a lot", *(row[::-1] for row in ROWS)], 200, "3 cells, where"),
+    ("text,label,split", [f"{row},{'test' if i % 5 else 'train'}" for i, row in enumerate(ROWS)]
+     + ["film,p,unused"], 200, "split (the part)"),
+    ("text;label", [f"film {i}, {'was , good,' * (i % 3)};{'pn'[i % 2]}" for i in range(99)], 99,
+     "Columns text (the text) and label"),
     ("text,label", [*ROWS, "a,P"], 201, "the classes 'P', 'p' differ in case"),
     ("text,label", [*ROWS, "a,nan"], 201, "the class 'nan': are these samples without"),
 ]
@@ -128,7 +133,7 @@ def test_what_is_odd_in_a_table_is_said(head, rows, kept, note, tmp_path, capsys
     data = dld.build_dataset(raw, config)
     notes = dld.check_dataset(data, config, dld.DistributedContext())
     assert note in capsys.readouterr().out + "\n".join(notes)
-    assert len(raw.x) == kept and "other" not in raw.x and raw.x[0].startswith("film")
+    assert len(raw.x) == kept and "other" not in raw.x and "film" in raw.x[0] + raw.x[0][::-1]
 
 
 def deep(values, kind):
@@ -147,6 +152,19 @@ def test_deep_pictures_are_scaled_by_what_they_hold(white, kind, tmp_path):
     deep(GREY / 240 * white, kind).save(path)
     x = dld.read_picture(path, {"side": 4, "channels": 1, "light_on_dark": False})
     assert np.abs(x[0] - GREY / 240 * 255).max() <= 2
+
+
+def test_deep_pictures_of_one_data_set_are_scaled_alike(tmp_path):
+    for label, white in (("dark", 900), ("bright", 60_000)):
+        (tmp_path / "deep" / label).mkdir(parents=True)
+        for i in range(4):
+            deep(GREY / 240 * white, np.uint16).save(tmp_path / "deep" / label / f"{i}.png")
+    raw = read("images", tmp_path / "deep", tmp_path, image_size=4)
+    means = [raw.x[raw.y == raw.classes.index(label)].mean() for label in ("dark", "bright")]
+    assert means[1] > 30 * means[0]
+    meta = dld.build_dataset(raw, configure("images", tmp_path / "deep", tmp_path)).meta
+    again = dld.read_picture(tmp_path / "deep" / "dark" / "0.png", meta)
+    assert again.mean() == pytest.approx(means[0], abs=1)
 
 
 @pytest.mark.parametrize("values", [GREY - 300, GREY * np.nan, GREY * 1e9])
@@ -223,7 +241,7 @@ def test_with_balanced_weights_the_best_epoch_is_the_one_that_is_fair_to_rare_cl
             state.model.logits, state.seen = torch.empty(10, 2), 1
             state.model.logits[order] = logits
             dld.close_epoch(state, context)
-        assert state.best["epoch"] == best, how
+        assert state.best["epoch"] == best and state.best_weights._metadata, how
         assert [round(row["val_balanced_accuracy"], 3) for row in state.history] == [0.5, 0.833]
 
 

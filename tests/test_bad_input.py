@@ -98,7 +98,7 @@ def pictures(*names):
 def flip(blob):
     """One bit in the middle of the longest part of a file that PyTorch saved."""
     longest = max(zipfile.ZipFile(io.BytesIO(blob)).infolist(), key=lambda part: part.file_size)
-    at = longest.header_offset + len(blob) // 50 + longest.file_size // 2
+    at = longest.header_offset + 200 + longest.file_size // 2  # behind its head
     return blob[:at] + bytes([blob[at] ^ 4]) + blob[at + 1:]
 
 
@@ -230,6 +230,12 @@ RUNS = [
     (change("model.pt", format=99), LOOK, "format 99, this version of the program reads"),
     (edit("metrics.json", status="running"), "--compare run .", "this run has not finished"),
     (lose("predictions.csv"), "--compare run .", "not a run folder of this version"),
+    (edit("metrics.json", test_accuracy="x"), "--compare run .", "test_accuracy is 'x'"),
+    (edit("metrics.json", latency_ms=math.inf), "--compare run .", "latency_ms is inf"),
+    (edit("metrics.json", dataset=5), "--compare run .", "dataset is 5"),
+    (write("history.csv", "a,b\n1,2\n"), "--compare run .", "not a run folder of this version"),
+    (nothing, f"{LOOK} --output picture.png", "an input, or a file of the run; name another"),
+    (nothing, f"{LOOK} --output run/model.pt", "an input, or a file of the run; name another"),
     (lose("checkpoint.pt"), MORE, "checkpoint.pt is not there"),
     (write("checkpoint.pt", flip), MORE, "checkpoint.pt is damaged"),
     (change("checkpoint.pt", best={"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}),
