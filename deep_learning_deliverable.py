@@ -7036,7 +7036,7 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
             http=guarded_protocol(), ws="none", loop="asyncio", server_header=False,
             proxy_headers=False, timeout_graceful_shutdown=3, headers=headers,
             # As many connections are accepted before the first of them can be closed again.
-            backlog=16, limit_concurrency=MAX_CONNECTIONS + 1)
+            backlog=MAX_CONNECTIONS, limit_concurrency=MAX_CONNECTIONS + 1)
         logging.getLogger("asyncio").addFilter(saying_once(log))
         where = f"[{host}]" if ":" in host else host
         log(f"Serving {', '.join(named)} at http://{where}:{door.getsockname()[1]}/ until Ctrl-C")
