@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1271
      6  Explanations ................. 1778
      7  Data ......................... 2018
-     8  Tasks ........................ 3785
-     9  Machine ...................... 4047
-    10  Figures ...................... 4665
-    11  Report ....................... 4963
-    12  Runs ......................... 5506
-    13  Using a model ................ 6305
-    14  Search and notebook .......... 7049
-    15  Command line ................. 7533
+     8  Tasks ........................ 3786
+     9  Machine ...................... 4048
+    10  Figures ...................... 4666
+    11  Report ....................... 4964
+    12  Runs ......................... 5507
+    13  Using a model ................ 6306
+    14  Search and notebook .......... 7050
+    15  Command line ................. 7534
 """
 
 # /// script
@@ -3458,7 +3458,6 @@ def split_cells(text: str, separator: str) -> Iterator[tuple[list[str], int, boo
 
     Such a row ends with its line: no other is lost with it, as with pandas' reader.
     """
-    csv.field_size_limit(2**31 - 1)
     lines, place = [*io.StringIO(text, newline="")], 0
 
     def feed() -> Iterator[str]:
@@ -3487,7 +3486,8 @@ def find_separator(text: str, separators: str) -> str:
     lines = [*itertools.islice(io.StringIO(text, newline=""), 100)]
 
     def fit(separator: str) -> int:
-        width, rows = Counter(map(len, csv.reader(lines, delimiter=separator))).most_common(1)[0]
+        cut = csv.reader(lines, delimiter=separator)
+        width, rows = Counter(len(cells) for cells in cut if cells).most_common(1)[0]
         return rows if width > 1 else 0
 
     return max(separators, key=fit)
@@ -3497,6 +3497,7 @@ def read_cells(text: str, separators: str, skipped: Skipped) -> pd.DataFrame:
     """Rows of cells, under the names in the first one, or numbered if that is like the others."""
     if not text.strip():
         return pd.DataFrame()
+    csv.field_size_limit(2**31 - 1)
     rows = [*split_cells(text, find_separator(text, separators))]
     head = [cell.strip() for cell in rows[0][0]]
     width = len(head)
