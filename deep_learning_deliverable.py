@@ -37,9 +37,9 @@ Contents, with the line where each section begins:
     10  Figures ...................... 4666
     11  Report ....................... 4964
     12  Runs ......................... 5507
-    13  Using a model ................ 6306
-    14  Search and notebook .......... 7050
-    15  Command line ................. 7534
+    13  Using a model ................ 6308
+    14  Search and notebook .......... 7052
+    15  Command line ................. 7536
 """
 
 # /// script
@@ -6263,29 +6263,31 @@ def evaluate(run: Path, given: Meta, log: Log) -> None:
         return
     model, meta = load_model(run, machine)
     raw = load_raw(config, log)
+    data = build_dataset(raw, config, known=meta)
+    changed = (raw.classes, data.fingerprint) != (meta["classes"], meta["fingerprint"])
+    if changed and "data" not in given:
+        raise UsageError(f"{raw.name} has changed since this run was trained, so its test part is "
+                         f"another; give --data to measure {'all of ' * bool(own)}it as it is now")
+    if changed and own:
+        evaluate_other(run, config, machine, log)
+        return
     if raw.classes != meta["classes"]:
         raise UsageError(f"{raw.name} has the classes {shorten(raw.classes)}, this run's model "
                          f"knows {shorten(meta['classes'])}")
-    data = build_dataset(raw, config, known=meta)
-    if data.fingerprint != meta["fingerprint"] and "data" not in given:
-        raise UsageError(f"{raw.name} has changed since this run was trained, so its test part is "
-                         f"another; give --data to measure {'all of' * bool(own)} it as it is now")
-    if data.fingerprint != meta["fingerprint"] and own:
-        evaluate_other(run, config, machine, log)
-        return
     rows = data.parts["test"]
     logits = predict_logits(model, data.samples.to(machine.device), rows, machine)
     log(f"{run}: {meta['model']} on {meta['dataset']}, {len(logits):,} test samples"
-        + f" of {raw.name}" * (raw.name != meta["dataset"]))
+        + f" of {raw.name}" * changed)
     before, same = read_json(run / "metrics.json"), True
     for key, value in measure(logits, data.labels[rows], meta["temperature"]).items():
         equal = abs(value - before.get(key, math.inf)) < 1e-6
         same = same and equal
-        log(f"{key:26} {value:.6f}   recorded {before.get(key, math.nan):.6f}   "
-            f"{'same' if equal else 'DIFFERENT'}")
-    if not same:
-        raise Failure(f"{run} measures differently now; another device, PyTorch or data set can be "
-                      "the reason")
+        recorded = (f"   recorded {before.get(key, math.nan):.6f}   "
+                    f"{'same' if equal else 'DIFFERENT'}")
+        log(f"{key:26} {value:.6f}{recorded * (not changed)}")
+    if not same and not changed:
+        raise Failure(f"{run} measures differently now; another device or PyTorch can be the "
+                      "reason")
 
 
 def evaluate_other(run: Path, config: Config, machine: Machine, log: Log) -> None:

@@ -107,6 +107,15 @@ def test_pictures_are_measured_as_a_whole(tmp_path, monkeypatch, undrawn, capsys
     assert "of 27 labelled samples" in out and "trained on" not in out
 
 
+def test_other_built_in_data_is_measured_and_not_compared(tmp_path, finished, capsys):
+    run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    saved = torch.load(run / "model.pt", weights_only=True)
+    saved["meta"]["fingerprint"] = "of other data"
+    torch.save(saved, run / "model.pt")
+    out = said(capsys, "--evaluate", "--run", run, "--data", "offline", *CPU[:2])
+    assert "test samples of offline digits" in out and "recorded" not in out
+
+
 # -- tables and pictures -------------------------------------------------------------------------
 
 ROWS = [f"film {i} was good,{'pn'[i % 2]}" for i in range(200)]

@@ -70,7 +70,9 @@ def test_parts_that_somebody_named_are_kept_and_a_class_missing_in_one_shifts_no
              "test": (9, ("ring", "star"))}
     for part, (n, names) in parts.items():
         folder_of_shapes(tmp_path / "shapes" / part, n, names)
+    folder_of_shapes(tmp_path / "shapes" / "holdout", 3)
     raw = read("images", tmp_path / "shapes", tmp_path)
+    assert [why for _, why in raw.skipped] == ["in no class of train, val or test"] * 3
     rows = dld.split_rows(raw, dld.Config())
     for part, (folder, (n, _)) in zip(("train", "val", "test"), parts.items(), strict=True):
         assert len(rows[part]) == n
