@@ -37,9 +37,9 @@ Contents, with the line where each section begins:
     10  Figures ...................... 4666
     11  Report ....................... 4964
     12  Runs ......................... 5507
-    13  Using a model ................ 6308
-    14  Search and notebook .......... 7052
-    15  Command line ................. 7536
+    13  Using a model ................ 6310
+    14  Search and notebook .......... 7054
+    15  Command line ................. 7538
 """
 
 # /// script
@@ -5588,7 +5588,9 @@ def load_model(run: Path, machine: Machine) -> tuple[nn.Module, Meta]:
     saved = load_weights(run / "model.pt")
     meta, kind = saved["meta"], SAMPLES[saved["meta"]["kind"]]
     try:
-        model = build_model(meta)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of layers without units
+            model = build_model(meta)
         model.load_state_dict(saved["weights"])
         # Anything can stand in a file: what it says must be enough for a prediction.
         blank = "" if kind is TextData else np.zeros(
