@@ -38,8 +38,8 @@ Contents, with the line where each section begins:
     11  Report ....................... 4964
     12  Runs ......................... 5507
     13  Using a model ................ 6310
-    14  Search and notebook .......... 7054
-    15  Command line ................. 7538
+    14  Search and notebook .......... 7052
+    15  Command line ................. 7536
 """
 
 # /// script
@@ -6404,16 +6404,22 @@ class Predictor:
                 f"test accuracy does not hold for them (medians: {medians})")
 
 
+def check_output(output: Path, taken: list[Path]) -> None:
+    """Refuse what is no file, or one of these."""
+    why = ("a folder; name a file" if output.is_dir() else
+           "no such folder" if not output.absolute().parent.is_dir() else
+           "an input, or a file of the run; name another" if output.exists() and any(
+               os.path.isfile(each) and output.samefile(each) for each in taken) else "")
+    if why:
+        raise UsageError(f"--output {output}: {why}")
+
+
 def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path | None = None,
             explain: bool = False) -> None:
     """Class and probability for pictures or texts: on the screen, or in a table."""
     refuse_settings(given, "predict", ("device", "precision", "text_column"))
-    if output and (output.is_dir() or not output.absolute().parent.is_dir()):
-        why = "a folder; name a file" if output.is_dir() else "no such folder"
-        raise UsageError(f"--output {output}: {why}")
-    taken = [*map(Path, arguments), *run.glob("*")] if output and output.exists() else []
-    if any(each.exists() and output.samefile(each) for each in taken if output):
-        raise UsageError(f"--output {output}: an input, or a file of the run; name another")
+    if output:
+        check_output(output, [*map(Path, arguments), *run.glob("*")])
     if explain and not output:
         raise UsageError("--explain needs --output FILE.csv: its figures are put beside that")
     # In float32: a prediction should not depend on what else the processor can do.
@@ -6991,16 +6997,8 @@ def guarded_protocol() -> Any:
 
 def saying_once(log: Log) -> Callable[[logging.LogRecord], bool]:
     """A filter for what asyncio complains of again and again, as that there are no files left."""
-    said = set[str]()
-
-    def hear(record: logging.LogRecord) -> bool:
-        text = f"WARNING  {record.getMessage().splitlines()[0]}"
-        if text not in said:
-            log(text)
-        said.add(text)
-        return False
-
-    return hear
+    say = functools.cache(log)  # it returns None: the record goes nowhere else
+    return lambda record: bool(say(f"WARNING  {record.getMessage().splitlines()[0]}"))
 
 
 def open_port(host: str, port: int) -> socket.socket:
