@@ -7591,7 +7591,8 @@ def add_jobs(group: Any) -> None:
         "tables, or folders of them")
     add("--output", type=Path, metavar="FILE", help="where --predict puts its table, in CSV")
     add("--explain", action="store_true", help="with --output: figures of why, for some inputs")
-    add("--evaluate", action="store_true", help="measure --run again on its test data")
+    add("--evaluate", action="store_true", help="measure --run again on its test data; with "
+        "your own --data, on all of that")
     add("--serve", action="store_true", help="answer requests with --run, and show a page")
     add("--port", type=int, help="of --serve; 0: any that is free (default: 8000)")
     add("--host", help="address that --serve listens at (default: 127.0.0.1, this machine alone)")
