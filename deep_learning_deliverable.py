@@ -34,12 +34,12 @@ Contents, with the line where each section begins:
      7  Data ......................... 2018
      8  Tasks ........................ 3786
      9  Machine ...................... 4048
-    10  Figures ...................... 4666
-    11  Report ....................... 4964
-    12  Runs ......................... 5507
-    13  Using a model ................ 6310
-    14  Search and notebook .......... 7052
-    15  Command line ................. 7536
+    10  Figures ...................... 4669
+    11  Report ....................... 4967
+    12  Runs ......................... 5510
+    13  Using a model ................ 6313
+    14  Search and notebook .......... 7055
+    15  Command line ................. 7539
 """
 
 # /// script
@@ -4177,7 +4177,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def defuse(cell: Any) -> Any:
     """A text that a spreadsheet would compute as a formula gets an apostrophe before it."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\0", " ")  # Python 3.10 cannot write it
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
         return cell
     return cell if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", cell, re.IGNORECASE) else f"'{cell}"
 

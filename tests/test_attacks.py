@@ -419,11 +419,12 @@ def test_what_is_printed_or_written_commands_nothing(tmp_path, finished, undrawn
         shell = ["sh", "-c", f"printf %s {dld.quoted(dld.Path(name))}"]
         assert sys.platform == "win32" or subprocess.check_output(shell, text=True) == name
     assert dld.printable("a\x1b[2J\x07\u202eb\tc\nd é") == r"a\x1b[2J\x07\u202eb" + "\tc\nd é"
-    cells = ["=1+1", "+x", "-x", "@x", "\tx", "-1", "+2.5e3", "x", 7, -1.5, ""]
+    cells = ["=1+1", "+x", "-x", "@x", "\tx", "-1", "+2.5e3", "a\0b", 7, -1.5, ""]
     dld.write_csv(tmp_path / "x.csv", pd.DataFrame({"cell": cells, "n": range(len(cells))}))
     with (tmp_path / "x.csv").open(newline="") as file:
         found = [row["cell"] for row in csv.DictReader(file)]
-    assert found == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", "-1", "+2.5e3", "x", "7", "-1.5", ""]
+    assert found == ["'=1+1", "'+x", "'-x", "'@x", "'\tx", "-1", "+2.5e3", "a b", "7", "-1.5",
+                     ""]
     for name in ("a|b`c<i>", "[x](y)"):
         shutil.copytree(finished["mnist"], tmp_path / name)
     report = dld.write_comparison([tmp_path / "a|b`c<i>", tmp_path / "[x](y)"], tmp_path)
