@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1271
      6  Explanations ................. 1778
      7  Data ......................... 2018
-     8  Tasks ........................ 3786
-     9  Machine ...................... 4048
-    10  Figures ...................... 4669
-    11  Report ....................... 4967
-    12  Runs ......................... 5510
-    13  Using a model ................ 6313
-    14  Search and notebook .......... 7055
-    15  Command line ................. 7539
+     8  Tasks ........................ 3785
+     9  Machine ...................... 4047
+    10  Figures ...................... 4668
+    11  Report ....................... 4966
+    12  Runs ......................... 5509
+    13  Using a model ................ 6312
+    14  Search and notebook .......... 7054
+    15  Command line ................. 7538
 """
 
 # /// script
@@ -2509,7 +2509,8 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
             deep = re.search("RGBA?;16", str(getattr(file, "tile", "")))
             picture = ImageOps.exif_transpose(file)
             if picture.mode[0] in "IF":
-                values, own = np.asarray(picture), white_of(np.asarray(picture))
+                values = np.asarray(picture)
+                own = white_of(values)
                 white = meta.get("white") or own  # of all the training pictures, where they were so
                 picture = Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8))
             elif deep and np.asarray(picture.convert("RGB")).max() < 64:
@@ -3256,11 +3257,9 @@ def list_samples(root: Path, kind: int) -> tuple[list[SampleFile], Skipped]:
         *folders, name = path.parts
         part = PART_NAMES.get(folders.pop(0).lower(), "") if in_parts and folders else ""
         called, fits = clean_name(path.as_posix()), name.lower().endswith(endings)
-        if in_parts and fits and not (part and folders):
-            skipped.append((called, "in no class of train, val or test"))
-        if not folders or (in_parts and not part):
-            continue  # it lies beside the folders of the classes
-        if not fits:
+        if not folders or (in_parts and not part):  # it lies beside the folders of the classes
+            skipped += [(called, "in no class of train, val or test")] * (in_parts and fits)
+        elif not fits:
             skipped.append((called, f"its ending is not that of {what}"))
         elif not (root / path).is_file():
             skipped.append((called, "neither a file nor a link to one"))
@@ -5459,8 +5458,8 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
             raise ValueError(f"{min(missing)} is missing")
         for key, form in COMPARED_FORMATS.items():
             value = metrics.get(key, "")
-            if isinstance(value, str) != (form == "{}") or re.search("nan|inf", form.format(
-                    value) * (form != "{}")):
+            if not (isinstance(value, str) if form == "{}" else
+                    isinstance(value, int | float) and math.isfinite(value)):
                 raise ValueError(f"{key} is {value!r}")
         history = history[["epoch", "val_loss", "val_accuracy"]].astype(float)
         return metrics, tested["correct"].to_numpy(bool), history
@@ -5799,7 +5798,7 @@ def origin_of(data: Dataset, config: Config) -> dict[str, Any]:
     """What may not change while a run goes on."""
     free = (*RESUMABLE_SETTINGS, "data", "report")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
-    return {**settings, "fingerprint": data.fingerprint, "data": config.data}
+    return {**settings, "fingerprint": data.fingerprint, "data": config.data}  # the last: to name
 
 
 def check_origin(path: Path, found: Any, wanted: dict[str, Any]) -> None:
@@ -6706,6 +6705,7 @@ def export(form: str, run: Path, given: Meta, log: Log) -> Path:
 MAX_REQUEST_BYTES, MAX_CONNECTIONS = 16_000_000, 64
 SECONDS_TO_SEND = 20.0  # that the head, and then the body of a request may take to arrive
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+IN_LABELS = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})  # as Prometheus spells these
 
 TEMPLATES["served"] = """{% extends "page" %}{% block body %}
 <style nonce="{{ nonce }}">
@@ -6917,8 +6917,7 @@ def build_app(predictors: dict[str, Predictor], log: Log, names: Sequence[str] =
         return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_RULES.format(nonce)})
 
     def show_metrics(request: Any) -> Any:
-        spelt = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
-        lines = [f'dld_requests_total{{run="{run.translate(spelt)}",status="{status}"}} {n}\n'
+        lines = [f'dld_requests_total{{run="{run.translate(IN_LABELS)}",status="{status}"}} {n}\n'
                  for (run, status), n in sorted(times.items())]
         return PlainTextResponse("# TYPE dld_requests_total counter\n" + "".join(lines),
                                  media_type="text/plain; version=0.0.4")
