@@ -254,7 +254,7 @@ def test_with_balanced_weights_the_best_epoch_is_the_one_that_is_fair_to_rare_cl
         data = dld.build_dataset(raw, config)
         machine = dld.start_machine(config)
         state = dld.new_train_state(torch.nn.Linear(1, 1), config, machine)
-        state.model = Fixed()
+        state.model, state.plan = Fixed(), [(0, 9)]
         context = dld.Context(config, data, machine, dld.Checkpointer())
         for logits in (common, fair):
             order = data.labels[data.parts["val"]].argsort(stable=True)

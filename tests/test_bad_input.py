@@ -36,7 +36,7 @@ FLAGS = [
     ("--task all --model mlp", "Known: lstm"),
     ("--budget 5", "--budget 5: give a time with its unit, as 90s, 5m or 1h"),
     ("--folds 3 --budget 3m", "--folds and --budget cannot be combined"),
-    (f"{MNIST} --limit 20 --folds 99", "--folds 99: there are only 40 training samples"),
+    (f"{MNIST} --limit 20 --folds 99", "--folds 99: there are only 23 training samples"),
     (f"{MNIST} --limit 1", "has no training sample of 0, 1, 2"),
     (f"{MNIST} --batch-size 1", "at least 2 samples a step are needed here"),
     ("--mirror ftp://x/y", "--mirror ftp://x/y: give an address that begins with http"),

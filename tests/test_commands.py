@@ -1,6 +1,7 @@
 """The program as its user meets it: flags, folders, messages, exit codes."""
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -61,24 +62,32 @@ def test_the_one_file_trains_in_an_empty_folder_and_says_no_warning(tmp_path):
 def test_no_network_ends_in_the_stand_in_or_in_exit_3_and_a_budget_says_what_it_bought(
         tmp_path, undrawn, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others: dld.SpeedEstimate(
-        config, train=1e-3, predict=1e-4, figure=0.1))  # whatever machine this is
+    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others, **more: (
+        dld.SpeedEstimate(config, step=0.1, predict=1e-4, figure=0.1)))  # whatever machine this is
     monkeypatch.setattr(dld, "MNIST", [dataclasses.replace(
         archive, mirrors=("http://127.0.0.1:9/x",)) for archive in dld.MNIST])
     flags = [*MNIST, "--epochs", "2", "--budget"]
     assert dld.main([*flags, "30m", "--data", "real"]) == 3
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "train-images-idx3-ubyte.gz" in said and "by hand" in said
-    assert dld.main([*flags, "0.1s"]) == 2
-    assert "--budget 0.1s: mnist with mlp needs about" in capsys.readouterr().err
+    assert dld.main([*flags, "0.1s", "--output-dir", "short"]) == 0
+    said = capsys.readouterr().out
+    assert "however little is trained: the budget is too small" in said
+    config = json.loads(Path("short/mnist-offline-digits/config.json").read_text("utf-8"))
+    assert config["steps"] == "0:1", "one step, and its report"
     assert not Path("outputs").exists()
     assert dld.main([*flags, "30m", "--data", "auto"]) == 0
     said = capsys.readouterr().out
     assert "WARNING" in said and "stand-in" in said.splitlines()[-1]
-    assert "the budget buys --width 1024 --epochs 2" in said
+    assert "the budget buys --width 1024" in said and "about 2 epochs" in said
     run = Path("outputs/mnist-offline-digits")
     config, metrics = json.loads((run / "config.json").read_text("utf-8")), metrics_of(run)
     assert (config["budget"], config["width"], metrics["seconds_budget"]) == ("", 1024, 1800)
+    assert metrics["epochs"] == 2, "no more than the flags allow"
+    named = {key: value for key, value in metrics.items() if key.startswith("seconds_")}
+    others = sum(named[f"seconds_{key}"] for key in ("budget", "total", "data"))
+    said = "each second has a name"
+    assert sum(named.values()) - others == pytest.approx(named["seconds_total"], abs=0.1), said
 
 
 @pytest.mark.parametrize("task", EXPLANATION)
@@ -95,7 +104,9 @@ def test_a_finished_run_is_complete_and_its_files_agree(task, finished):
     history = pd.read_csv(run / "history.csv")
     best = history.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
     assert len(history) == metrics["epochs"] and best["epoch"] == metrics["best_epoch"]
-    assert best["val_accuracy"] == metrics["val_accuracy"]
+    # Where a network is unsure, its pictures are seen from several sides, but not in every epoch.
+    assert best["val_accuracy"] == pytest.approx(metrics["val_accuracy"],
+                                                 abs=0.0 if task == "sentiment" else 0.1)
     table = pd.read_csv(run / "predictions.csv", dtype={"true": str, "predicted": str})
     right = table["true"] == table["predicted"]
     assert right.mean() == pytest.approx(metrics["test_accuracy"])
@@ -260,39 +271,84 @@ def test_half_written_files_are_never_seen(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 
 
-SPEED = dld.SpeedEstimate(dld.Config(), train=1e-3, predict=1e-4, figure=0.1)
+SPEED = dld.SpeedEstimate(dld.Config(), step=0.05, predict=1e-4, figure=0.1)
 
 
 def test_a_larger_budget_buys_a_higher_rung_and_flags_given_stay(digits, monkeypatch):
-    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others: dataclasses.replace(
-        SPEED, config=config))
+    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others, **more: (
+        dataclasses.replace(SPEED, config=config)))
 
     def buy(budget, **more):
         given = {"task": "mnist", "data": "offline", "device": "cpu", "precision": "fp32",
                  "model": "fast", "limit": 300, **more}
         config = dld.resolve_config({**given, "budget": f"{budget}s"})
         clock = dld.TimeBudget(time.perf_counter(), budget)
-        return dataclasses.replace(config, **dld.fit_to_budget(
+        return dataclasses.replace(config, budget="", **dld.fit_to_budget(
             digits, config, dld.start_machine(config), given, clock))
 
-    few, some, many = map(buy, (10, 60, 36_000))
-    assert few.width <= some.width <= many.width == 64 and few.epochs < many.epochs == 40
-    assert (few.width, few.epochs) != (some.width, some.epochs)
+    least, few, many = map(buy, (1, 20, 36_000))
+    assert least.width <= few.width <= many.width == 64
+    steps = [int(bought.steps) for bought in (least, few, many)]
+    assert steps == sorted(steps) and steps[0] >= 1
     assert buy(36_000, width=8, batch_size=100).width == 8
-    assert (few.report, many.report) == ("minimal", "full"), "a quarter is for what gives trust"
+    assert (least.report, many.report) == ("minimal", "full"), "a tenth is for what gives trust"
 
 
-def test_a_machine_that_slows_down_gets_fewer_epochs(digits):
-    data = dld.build_dataset(digits, config := small("mnist", limit=100, epochs=20,
-                                                     report="minimal"))
-    estimate = dataclasses.replace(SPEED, config=config, predict=0.0, figure=1.0)
-    budget = dld.TimeBudget(time.perf_counter() - 380, 1200, speed=estimate)
+def test_a_machine_that_slows_down_gets_fewer_steps(digits):
+    data = dld.build_dataset(digits, config := small("mnist", limit=100, report="minimal"))
+    estimate = dataclasses.replace(SPEED, config=config, predict=0.0, figure=0.0)
     state = dld.new_train_state(dld.build_model(data.meta), config, dld.start_machine(config))
-    state.epoch, found = 2, []
-    for seconds in (20, 200, 20_000):
+    state.plan, state.before, found = [(0, 10**6)], 1000, []
+    for seconds in (25, 50, 100, 5_000):
+        budget = dld.TimeBudget(time.perf_counter() - seconds, 1000, speed=estimate,
+                                marks=[(0.0, 0.0, 0.0)])
         state.seconds = float(seconds)
-        found.append(budget.affordable_epochs(data, config, state))
-    assert found == [20, 10, 2]
+        found.append(budget.affordable(data, config, state))
+    assert found == pytest.approx([38_000, 19_000, 9_500, 200], rel=0.03)
+    assert found[3] <= 1000, "the time is over: no further step"
+
+
+def test_what_a_budget_decided_is_repeated_without_a_clock(digits):
+    """More or less time on the way: the rate ends at nothing, and the same bits come again."""
+    config = small("mnist", limit=100, width=16, batch_size=20, schedule="linear")
+    data, machine = dld.build_dataset(digits, config), dld.start_machine(config)
+    wanted = iter([40, 40, 22, 30, 12, 13, *[13] * 99])
+
+    def fit(config, affordable=None):
+        state, _ = dld.start_training(data, config, machine)
+        rates = []
+        dld.fit(state, dld.Context(config, data, machine, dld.Checkpointer(),
+                                   lambda state: rates.append(state.history[-1]["learning_rate"]),
+                                   affordable))
+        return state, rates
+
+    first, rates = fit(dataclasses.replace(config, steps="40"), lambda state: next(wanted))
+    assert len(first.plan) > 2 and first.plan[-1][1] == first.steps == 13 and first.done == 1
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * config.lr
+    plan = ",".join(f"{start}:{total}" for start, total in first.plan)
+    again, _ = fit(dataclasses.replace(config, steps=plan))
+    assert all(torch.equal(a, b) for a, b in zip(
+        first.model.state_dict().values(), again.model.state_dict().values(), strict=True))
+    assert [row["val_loss"] for row in again.history][-1] == first.history[-1]["val_loss"]
+    assert not math.isnan(first.history[-1]["val_loss"]), "the end is always measured"
+
+
+def test_what_no_flag_limits_takes_twenty_minutes_at_most(digits, monkeypatch):
+    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others, **more: (
+        dld.SpeedEstimate(config, step=20 * (config.width / 512) ** 1.75, predict=1e-4)))
+    monkeypatch.setattr(dld, "load_raw", lambda config, log: digits)
+
+    def prepare(**given):
+        budget = dld.TimeBudget(time.perf_counter())
+        given = {"task": "mnist", "data": "offline", "device": "cpu", "precision": "fp32", **given}
+        config, *_, data = dld.prepare(given, {}, dld.Log(quiet=True), dld.DistributedContext(),
+                                       budget)
+        return budget.seconds, budget.forecast(data, config, 0)
+
+    seconds, said = prepare()
+    assert seconds == 1200 and "about 20 min here: this budget buys --width 512" in said
+    assert re.search(r"; --epochs 60 trains the whole recipe, in about \d", said)
+    assert prepare(epochs=60)[0] == prepare(width=512)[0] == 0
 
 
 def make_stripes():
