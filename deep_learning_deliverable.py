@@ -26,20 +26,20 @@ TrainState in 4; a new task is an entry of TASKS in 8; write_figures in 12 has e
 Contents, with the line where each section begins:
 
      1  Head ........................... 59
-     2  Config ........................ 193
-     3  Models ........................ 443
-     4  Training ...................... 863
-     5  Evaluation ................... 1470
-     6  Explanations ................. 1993
-     7  Data ......................... 2233
-     8  Tasks ........................ 4022
-     9  Machine ...................... 4288
-    10  Figures ...................... 4964
-    11  Report ....................... 5269
-    12  Runs ......................... 5816
-    13  Using a model ................ 6658
-    14  Search and notebook .......... 7400
-    15  Command line ................. 7884
+     2  Config ........................ 196
+     3  Models ........................ 446
+     4  Training ...................... 866
+     5  Evaluation ................... 1492
+     6  Explanations ................. 2015
+     7  Data ......................... 2255
+     8  Tasks ........................ 4044
+     9  Machine ...................... 4310
+    10  Figures ...................... 5012
+    11  Report ....................... 5317
+    12  Runs ......................... 5864
+    13  Using a model ................ 6720
+    14  Search and notebook .......... 7462
+    15  Command line ................. 7946
 """
 
 # /// script
@@ -118,6 +118,9 @@ from typing import Any
 
 # Before the slow imports: a budget counts from here.
 STARTED = time.perf_counter()
+# How long a thread of PyTorch's on Linux waits awake for the others: a tenth of what is usual. With
+# another program on one of the cores, an LSTM takes 4 times as long as alone, and not 7 times.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 try:
     import numpy as np
     import torch
@@ -1149,6 +1152,9 @@ def close_epoch(state: TrainState, context: Context, last: bool = False) -> None
     last = last or state.steps >= state.total()
     if context.config.steps and not last and state.total() < 3 * state.steps / (state.epoch + 1):
         rows = rows[:0]
+    if last and context.affordable:  # all that follows are predictions
+        choose_threads(lambda: predict_logits(state.model, data.samples, rows[:256],
+                                              context.machine, views=False))
     # Other views of a picture are for the end: they cost as much as a tenth of an epoch.
     logits = predict_logits(state.model, data.samples, rows, context.machine, views=False)
     val_loss = val_accuracy = balanced = math.nan
@@ -1226,6 +1232,22 @@ def predict_logits(model: nn.Module, samples: Samples, rows: Tensor, machine: Ma
                 for where in unsure.split(samples.at_once)[mine]]
             logits[unsure] = collect(averaged)[unsure]
     return logits
+
+
+def choose_threads(job: Callable[[], Any]) -> float:
+    """One thread fewer, where that is faster: another program has taken one of the cores.
+
+    Returns how many seconds the job takes then.
+    """
+    several, seconds = torch.get_num_threads(), list[float]()
+    for threads in (several, max(1, several - 1)):
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        job()
+        seconds.append(time.perf_counter() - started)
+    fewer = seconds[1] < 0.7 * seconds[0]
+    torch.set_num_threads(max(1, several - 1) if fewer else several)
+    return seconds[fewer]
 
 
 # -- optimizer and schedule ----------------------------------------------------------------------
@@ -4787,14 +4809,14 @@ class SpeedEstimate:
         return (epochs * self.epoch(data, config) * step_cost(config.model, done / total, 1.0)
                 * (1 + config.folds))
 
-    def closing(self, data: Dataset, config: Config) -> float:
-        """From the last step to the last file."""
+    def closing(self, data: Dataset, config: Config, slower: float = 1.0) -> float:
+        """From the last step to the last file; `slower` is what predictions are than measured."""
         train, val, test = (len(data.parts[part]) for part in PARTS)
         views = 1 + 6 * VIEWED_SHARE if data.meta["views"] else 1
         predictions = (val + test) * views + min(train, TRAIN_SAMPLES_MEASURED)
         figures = 7 + 1.5e-5 * (val + test)  # and tables, which take a row each
-        return (self.predict * predictions * self.relative_cost(config) + self.figure * figures
-                + self.checks(data, config))
+        return (slower * (self.predict * predictions * self.relative_cost(config)
+                          + self.checks(data, config)) + self.figure * figures)
 
     def checks(self, data: Dataset, config: Config) -> float:
         """What a report takes beyond a minimal one."""
@@ -4856,6 +4878,11 @@ class TimeBudget:
     # What steps have cost in all, as step_cost counts it; seconds of training; which share is over.
     marks: list[tuple[float, float, float]] = field(default_factory=list)
     steps: int = 0  # at the last mark
+    fastest: float = math.inf  # seconds a step, until now
+    slower: float = 1.0  # what predictions are by now than measured
+    probe: Callable[[], float] = lambda: 0.0  # seconds a prediction now
+    probed: float = -math.inf  # when that was
+    levels: Sequence[str] = ()  # of the report, to choose from; none where a flag has chosen
 
     @property
     def spent(self) -> float:
@@ -4866,6 +4893,21 @@ class TimeBudget:
     def left(self) -> float:
         """Seconds of the budget that are left."""
         return self.seconds - self.spent
+
+    @property
+    def reserve(self) -> float:
+        """What is estimated is never quite what comes; and Python starts and ends."""
+        return min(4.0, 0.8 + 0.01 * self.seconds)
+
+    def report_level(self, data: Dataset, config: Config) -> str:
+        """The fullest report for which there is time, no fuller than was planned."""
+        found = config.report
+        for level in self.levels[self.levels.index(found):] if self.levels else ():
+            found = level
+            assert self.speed
+            if self.speed.closing(data, replace(config, report=level), self.slower) < self.left:
+                break
+        return found
 
     def lap(self, name: str) -> dict[str, float]:
         """Since the last lap, time has gone into this; returns what went into what."""
@@ -4909,11 +4951,16 @@ class TimeBudget:
                           default=self.marks[0])
         usual = self.speed.step * self.speed.relative_cost(config)
         step = (state.seconds - at) / (work - then) if work > then else usual
-        slow = min(max(step / usual, 0.7), 5.0)
-        # In reserve: what is estimated is never quite what comes.
-        closing = slow * self.speed.closing(data, config) + min(4.0, 0.2 + 0.015 * self.seconds)
+        self.fastest = min(self.fastest, step)
+        # Another program beside it slows predictions otherwise than it slows training.
+        if step < 1.25 * self.fastest:
+            self.slower, self.probed = 1.0, -math.inf
+        elif self.spent - self.probed > 0.1 * self.seconds:
+            probed = self.probe() / self.speed.predict / self.speed.relative_cost(config)
+            self.slower, self.probed = max(1.0, probed), self.spent
+        closing = self.speed.closing(data, config, self.slower) + self.reserve
         once = math.ceil(len(data.parts["train"]) / config.batch_size)
-        validating = usual * slow * len(data.parts["val"]) / len(data.parts["train"]) / 3
+        validating = step * len(data.parts["val"]) / len(data.parts["train"]) / 3
         step += validating * (state.total() >= 3 * once)
         return state.steps + int((self.left - closing) / (
             step * step_cost(config.model, done, 1.0)))
@@ -4923,6 +4970,7 @@ def fit_to_budget(raw: RawData, config: Config, machine: Machine, given: dict[st
                   budget: TimeBudget) -> dict[str, Any]:
     """What the time buys here: the largest network that it can train for long enough."""
     config = replace(config, budget="")
+    budget.levels = () if "report" in given else ("full", "short", "minimal")
     # What flags fix is not for sale.
     rungs = [(least, {key: value for key, value in rung.items() if key not in given})
              for least, rung in LADDERS.get(config.model, [(0, {})])]
@@ -4933,13 +4981,13 @@ def fit_to_budget(raw: RawData, config: Config, machine: Machine, given: dict[st
         data.samples.to(machine.device)
         speed = budget.speed = measure_speed(data, base, machine, draw=not budget.speed)
         left = machine.group.broadcast(budget.left - data.samples.estimate_seconds(data)["prepare"])
-        before, levels = chosen, ("full", "short", "minimal")
+        before = chosen
         for least, rung in rungs:
             settings = replace(base, **rung)
-            if "report" not in given:  # what makes results believable may take a tenth
-                settings = replace(settings, report=next(
-                    level for level in levels if level == "minimal" or speed.checks(
-                        data, replace(settings, report=level)) < budget.seconds / 10))
+            for level in budget.levels:  # what makes results believable may take a tenth
+                settings = replace(settings, report=level)
+                if speed.checks(data, settings) < budget.seconds / 10:
+                    break
             epochs = (left - speed.closing(data, settings)) / (
                 speed.epoch(data, settings) * step_cost(config.model, 0.0, 1.0))
             if rung == rungs[0][1] or epochs >= least:
@@ -6230,6 +6278,7 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
             most = data.steps_of(replace(config, steps="")) if "epochs" in given else sys.maxsize
             run.context.affordable = lambda state: min(
                 most, budget.affordable(data, config, state))
+            budget.probe = functools.partial(time_prediction, run)
         if config.tensorboard and group.is_leader:
             run.tensorboard = TensorBoard(folder / "tensorboard", state.epoch)
             held.callback(run.tensorboard.writer.close)
@@ -6241,6 +6290,18 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
         raise Failure(f"{say_lost(run)}; make room, then {this_command()} --resume "
                       f"{quoted(folder)}")
     return folder
+
+
+def time_prediction(run: Run) -> float:
+    """Seconds a prediction, in the middle of a training that must not notice."""
+    data, threads = run.context.data, torch.get_num_threads()
+    some = data.parts["val"][:512]
+    machine = replace(run.context.machine, group=DistributedContext())
+    seconds = choose_threads(lambda: predict_logits(run.state.model, data.samples, some, machine,
+                                                    views=False))
+    torch.set_num_threads(threads)
+    run.state.model.train()
+    return seconds / len(some)
 
 
 def say_lost(run: Run) -> str:
@@ -6392,7 +6453,8 @@ def evaluate_and_write(run: Run, held_out: HeldOut | None = None) -> None:
     run.budget.lap("training")
     if run.budget.seconds and len(run.state.plan) > 0:  # repeating this run looks at no clock
         plan = ",".join(f"{start}:{total}" for start, total in run.state.plan)
-        run.context.config = replace(run.config, steps=plan)
+        run.context.config = replace(run.config, steps=plan, report=run.budget.report_level(
+            run.context.data, run.config))
         with keep_what_fits(run.lost):
             write_json(run.folder / "config.json", dataclasses.asdict(run.config))
     with keep_what_fits(run.lost):
