@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1492
      6  Explanations ................. 2015
      7  Data ......................... 2255
-     8  Tasks ........................ 4044
-     9  Machine ...................... 4310
-    10  Figures ...................... 5012
-    11  Report ....................... 5317
-    12  Runs ......................... 5864
-    13  Using a model ................ 6720
-    14  Search and notebook .......... 7462
-    15  Command line ................. 7946
+     8  Tasks ........................ 4049
+     9  Machine ...................... 4315
+    10  Figures ...................... 5017
+    11  Report ....................... 5322
+    12  Runs ......................... 5869
+    13  Using a model ................ 6725
+    14  Search and notebook .......... 7467
+    15  Command line ................. 7951
 """
 
 # /// script
@@ -3323,8 +3323,13 @@ def unpack(archive: Path, inside: str) -> None:
         with FileLock(archive.parent / f".{inside}.lock"), tempfile.TemporaryDirectory(
                 dir=archive.parent, prefix=".") as scratch, tarfile.open(archive) as tar:
             if not target.is_dir():  # else another run has unpacked it meanwhile
-                # Nothing may be written elsewhere; Python has this filter since 3.10.12.
-                tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+                # Nothing may be written elsewhere; Python has a filter for it since 3.10.12.
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                for member in [] if tar.extraction_filter else tar.getmembers():
+                    path = Path(member.name)
+                    if not (member.isfile() or member.isdir()) or path.is_absolute() or (
+                            ".." in path.parts):
+                        raise tarfile.TarError(f"{member.name!r} would be written elsewhere")
                 tar.extractall(scratch)
                 os.replace(Path(scratch) / inside, target)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as problem:
