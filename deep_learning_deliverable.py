@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1492
      6  Explanations ................. 2015
      7  Data ......................... 2255
-     8  Tasks ........................ 4049
-     9  Machine ...................... 4315
-    10  Figures ...................... 5017
-    11  Report ....................... 5322
-    12  Runs ......................... 5869
-    13  Using a model ................ 6725
-    14  Search and notebook .......... 7467
-    15  Command line ................. 7951
+     8  Tasks ........................ 4053
+     9  Machine ...................... 4319
+    10  Figures ...................... 5019
+    11  Report ....................... 5324
+    12  Runs ......................... 5871
+    13  Using a model ................ 6728
+    14  Search and notebook .......... 7470
+    15  Command line ................. 7954
 """
 
 # /// script
@@ -1787,7 +1787,7 @@ def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
     from torch.utils.flop_counter import flop_registry
     found = 0
 
-    class Counter(TorchDispatchMode):  # torch's FlopCounterMode imports torch._dynamo: two seconds
+    class Tally(TorchDispatchMode):  # torch's FlopCounterMode imports torch._dynamo: two seconds
         @classmethod
         def _should_skip_dynamo(cls) -> bool:
             return False  # nothing is compiled here
@@ -1803,7 +1803,7 @@ def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
     device, fast_attention = x.device, torch.backends.mha.get_fastpath_enabled()
     # Fused LSTMs and attention are one opaque operation; unfused, the products inside are seen.
     torch.backends.mha.set_fastpath_enabled(False)
-    with warnings.catch_warnings(), torch.no_grad(), Counter():
+    with warnings.catch_warnings(), torch.no_grad(), Tally():
         warnings.simplefilter("ignore")  # switching oneDNN off and on mentions Intel's GPUs
         with torch.backends.mkldnn.flags(enabled=False):
             model.cpu().eval()(x.cpu())
@@ -2301,7 +2301,7 @@ class Dataset:
         The last epoch reads the labelled rows; so do those before, unless there are others. Then
         the third number says how many steps at the end are for the labelled ones.
         """
-        once, chunks = math.ceil(len(self.parts["train"]) / config.batch_size), config.epochs - 1
+        once, chunks = self.epoch_steps(config), config.epochs - 1
         if (len(self.unlabelled) and state.epoch < chunks
                 and state.total(state.before) - state.before > once):
             return (self.unlabelled.tensor_split(chunks)[state.epoch],
@@ -2314,6 +2314,10 @@ class Dataset:
             return targets
         truth = F.one_hot(targets, len(self.meta["classes"]))
         return (truth * self.class_weight.to(targets.device)).float()
+
+    def epoch_steps(self, config: Config) -> int:
+        """How many steps an epoch of the labelled samples is."""
+        return math.ceil(len(self.parts["train"]) / config.batch_size)
 
     def steps_of(self, config: Config) -> int:
         """How many steps the training is planned to take."""
@@ -4803,14 +4807,13 @@ class SpeedEstimate:
 
     def epoch(self, data: Dataset, config: Config) -> float:
         """An epoch of the labelled samples, and measuring it."""
-        steps = math.ceil(len(data.parts["train"]) / config.batch_size)
-        return (steps * self.step + self.predict * len(data.parts["val"])
+        return (data.epoch_steps(config) * self.step + self.predict * len(data.parts["val"])
                 ) * self.relative_cost(config)
 
     def training(self, data: Dataset, config: Config, done: int = 0) -> float:
         """What is left of the training after so many steps."""
         total = data.steps_of(config)
-        epochs = (total - done) / math.ceil(len(data.parts["train"]) / config.batch_size)
+        epochs = (total - done) / data.epoch_steps(config)
         return (epochs * self.epoch(data, config) * step_cost(config.model, done / total, 1.0)
                 * (1 + config.folds))
 
@@ -4936,7 +4939,7 @@ class TimeBudget:
         size = [*LADDERS.get(config.model, [(0, {})])[0][1]][:1]
         bought = [f"{flag_name(key)} {getattr(config, key)}" for key in size]
         bought += [f"--report {config.report}"] * (config.report != "full")
-        epochs = data.steps_of(config) / math.ceil(len(data.parts["train"]) / config.batch_size)
+        epochs = data.steps_of(config) / data.epoch_steps(config)
         text = (f"about {format_seconds(min(self.seconds, self.spent + rest))} here: "
                 f"{'this' if self.usual[0] else 'the'} budget buys {' '.join([*bought, ''])}"
                 f"and about {epochs:.2g} epochs")
@@ -4964,9 +4967,8 @@ class TimeBudget:
             probed = self.probe() / self.speed.predict / self.speed.relative_cost(config)
             self.slower, self.probed = max(1.0, probed), self.spent
         closing = self.speed.closing(data, config, self.slower) + self.reserve
-        once = math.ceil(len(data.parts["train"]) / config.batch_size)
         validating = step * len(data.parts["val"]) / len(data.parts["train"]) / 3
-        step += validating * (state.total() >= 3 * once)
+        step += validating * (state.total() >= 3 * data.epoch_steps(config))
         return state.steps + int((self.left - closing) / (
             step * step_cost(config.model, done, 1.0)))
 
@@ -5008,8 +5010,8 @@ def fit_to_budget(raw: RawData, config: Config, machine: Machine, given: dict[st
         settings = replace(settings, unlabelled=passes, epochs=3 if passes > 0.5 else 2)
     elif "epochs" not in given:
         settings = replace(settings, epochs=min(max(1, math.ceil(epochs)), 1_000_000))
-    once = math.ceil(len(data.parts["train"]) / settings.batch_size)
-    settings = replace(settings, steps=str(max(1, int(epochs * once))))
+    steps = max(1, int(epochs * data.epoch_steps(settings)))
+    settings = replace(settings, steps=str(steps))
     return {key: getattr(settings, key) for key in (*chosen, "report", "epochs", "steps")}
 
 
@@ -6252,6 +6254,7 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
     if known.get("tensorboard"):
         require("--tensorboard", "tensorboard")
     with contextlib.ExitStack() as held, InterruptHandler() as interrupt:
+        held.callback(torch.set_num_threads, torch.get_num_threads())  # a budget may take fewer
         given, saved, into = group.broadcast((given, saved or {}, into))
         if group.is_leader:
             check_room(into or Path(str(known.get("output_dir", Config.output_dir))))
@@ -6456,7 +6459,7 @@ def evaluate_and_write(run: Run, held_out: HeldOut | None = None) -> None:
     if not run.context.machine.group.is_leader:
         return
     run.budget.lap("training")
-    if run.budget.seconds and len(run.state.plan) > 0:  # repeating this run looks at no clock
+    if run.budget.seconds and run.state.plan:  # repeating this run looks at no clock
         plan = ",".join(f"{start}:{total}" for start, total in run.state.plan)
         run.context.config = replace(run.config, steps=plan, report=run.budget.report_level(
             run.context.data, run.config))
