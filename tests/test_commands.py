@@ -360,6 +360,18 @@ def test_what_a_budget_decided_is_repeated_without_a_clock(digits):
     assert not math.isnan(first.history[-1]["val_loss"]), "the end is always measured"
 
 
+def test_a_stalled_run_goes_through_the_rest_of_its_schedule(digits):
+    config = small("mnist", limit=100, width=16, batch_size=20, epochs=30, schedule="linear")
+    config = dataclasses.replace(config, patience=2, lr=1e-12)  # nothing becomes better
+    data, machine = dld.build_dataset(digits, config), dld.start_machine(config)
+    state, _ = dld.start_training(data, config, machine)
+    dld.fit(state, dld.Context(config, data, machine, dld.Checkpointer()))
+    stalled, total = state.plan[-1]
+    assert stalled == 3 * data.epoch_steps(config), "the first epoch is the best"
+    assert state.steps == total == stalled + math.ceil(stalled / 4) and state.done == 1
+    assert state.history[-1]["learning_rate"] < 0.5 * config.lr
+
+
 def test_what_no_flag_limits_takes_twenty_minutes_at_most(digits, monkeypatch):
     monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others, **more: (
         dld.SpeedEstimate(config, step=20 * (config.width / 512) ** 1.75, predict=1e-4)))

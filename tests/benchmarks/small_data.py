@@ -5,7 +5,8 @@
 
 Writes parts of CIFAR-10, MNIST and IMDb as a user would have them, in folders of files, trains on
 them by default, and prints accuracy and baseline on the same test samples. The test part is that of
-the official data set (for CIFAR-10 and IMDb 2,000 samples of it).
+the official data set (for CIFAR-10 and IMDb 2,000 samples of it); with --development it is made of
+other samples of the official training part, so that settings can be chosen by it.
 """
 import argparse
 import json
@@ -42,7 +43,7 @@ def choose(y, wanted, classes, uneven, random):
     return rows
 
 
-def write(case, folder, data_dir):
+def write(case, folder, data_dir, development):
     """The data as somebody might bring it; returns the task and what --data is to be."""
     task, wanted, classes, uneven = CASES[case]
     config = dld.resolve_config({"task": task, "data": "real", "data_dir": data_dir})
@@ -50,6 +51,8 @@ def write(case, folder, data_dir):
     labels = raw.y[:raw.n_train]
     rows = choose(labels, wanted, classes, uneven, random)
     test = raw.n_train + random.permutation(len(raw.y) - raw.n_train)
+    if development:
+        test = random.permutation(np.setdiff1d(np.arange(raw.n_train), rows))
     test = [row for row in test if raw.y[row] < classes][:None if task == "mnist" else 2000]
     parts = {"train": rows, "test": test}
     for part, some in parts.items():
@@ -71,6 +74,7 @@ def main():
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--development", action="store_true")
     parser.add_argument("--flags", nargs="*", default=[], help="more flags for the program")
     args = parser.parse_args()
     print("| data | seed | samples | epochs | accuracy | baseline | difference (95 %) "
@@ -78,7 +82,7 @@ def main():
     for case in args.only:
         with tempfile.TemporaryDirectory() as place:
             (folder := Path(place) / case).mkdir()
-            task, data = write(case, folder, args.data_dir)
+            task, data = write(case, folder, args.data_dir, args.development)
             for seed in args.seeds:
                 flags = ["--no-flip"] * (case == "mnist-png")
                 command = [sys.executable, str(ROOT / "deep_learning_deliverable.py"), "--task",
