@@ -362,7 +362,7 @@ def test_what_a_budget_decided_is_repeated_without_a_clock(digits):
 
 def test_a_stalled_run_goes_through_the_rest_of_its_schedule(digits):
     config = small("mnist", limit=100, width=16, batch_size=20, epochs=30, schedule="linear")
-    config = dataclasses.replace(config, patience=2, lr=1e-12)  # nothing becomes better
+    config = dataclasses.replace(config, patience=2, lr=1e-9)  # nothing becomes better
     data, machine = dld.build_dataset(digits, config), dld.start_machine(config)
     state, _ = dld.start_training(data, config, machine)
     dld.fit(state, dld.Context(config, data, machine, dld.Checkpointer()))
