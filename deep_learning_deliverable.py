@@ -27,19 +27,19 @@ Contents, with the line where each section begins:
 
      1  Head ........................... 59
      2  Config ........................ 196
-     3  Models ........................ 447
-     4  Training ...................... 867
-     5  Evaluation ................... 1498
-     6  Explanations ................. 2021
-     7  Data ......................... 2261
-     8  Tasks ........................ 4059
-     9  Machine ...................... 4325
-    10  Figures ...................... 5028
-    11  Report ....................... 5333
-    12  Runs ......................... 5880
-    13  Using a model ................ 6737
-    14  Search and notebook .......... 7479
-    15  Command line ................. 7963
+     3  Models ........................ 448
+     4  Training ...................... 868
+     5  Evaluation ................... 1499
+     6  Explanations ................. 2022
+     7  Data ......................... 2262
+     8  Tasks ........................ 4060
+     9  Machine ...................... 4326
+    10  Figures ...................... 5041
+    11  Report ....................... 5346
+    12  Runs ......................... 5893
+    13  Using a model ................ 6749
+    14  Search and notebook .......... 7491
+    15  Command line ................. 7977
 """
 
 # /// script
@@ -284,7 +284,8 @@ class Config:
     dropout: float = setting(0.3, "share of activations dropped in training; not of fast or "
                                   "torchvision's", low=0, high=0.95)
     clip: float = setting(1.0, "largest gradient norm (0: do not clip)", low=0)
-    patience: int = setting(0, "stop after so many epochs without a better one (0: never)", low=0)
+    patience: int = setting(0, "stop after so many epochs without a better one (0: never; a "
+                            "quarter as many after one that is all right)", low=0)
     seed: int = setting(0, "of everything random; on a CPU, the same seed gives the same bits",
                         low=0, high=2**62)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -4825,12 +4826,19 @@ class SpeedEstimate:
 
     def closing(self, data: Dataset, config: Config, slower: float = 1.0) -> float:
         """From the last step to the last file; `slower` is what predictions are than measured."""
+        return (slower * (self.evaluation(data, config) + self.checks(data, config))
+                + self.writing(data))
+
+    def evaluation(self, data: Dataset, config: Config) -> float:
+        """Predicting all samples of which something is said."""
         train, val, test = (len(data.parts[part]) for part in PARTS)
         views = 1 + 6 * VIEWED_SHARE if data.meta["views"] else 1
         predictions = (val + test) * views + min(train, TRAIN_SAMPLES_MEASURED)
-        figures = 7 + 1.5e-5 * (val + test)  # and tables, which take a row each
-        return (slower * (self.predict * predictions * self.relative_cost(config)
-                          + self.checks(data, config)) + self.figure * figures)
+        return self.predict * predictions * self.relative_cost(config)
+
+    def writing(self, data: Dataset) -> float:
+        """The figures of a minimal report, and the tables, which take a row a sample."""
+        return self.figure * (7 + 1.5e-5 * (len(data.parts["val"]) + len(data.parts["test"])))
 
     def checks(self, data: Dataset, config: Config) -> float:
         """What a report takes beyond a minimal one."""
@@ -4915,12 +4923,17 @@ class TimeBudget:
         return min(4.0, 0.8 + 0.01 * self.seconds)
 
     def report_level(self, data: Dataset, config: Config) -> str:
-        """The fullest report for which there is time, no fuller than was planned."""
+        """The fullest report that there is time for now that all is predicted, at most as planned.
+
+        How fast this machine predicts is known best by then.
+        """
         found = config.report
         for level in self.levels[self.levels.index(found):] if self.levels else ():
             found = level
             assert self.speed
-            if self.speed.closing(data, replace(config, report=level), self.slower) < self.left:
+            slower = self.laps["evaluation"] / self.speed.evaluation(data, config)
+            checks = self.speed.checks(data, replace(config, report=level))
+            if slower * checks + self.speed.writing(data) < self.left:
                 break
         return found
 
@@ -6468,12 +6481,6 @@ def evaluate_and_write(run: Run, held_out: HeldOut | None = None) -> None:
     if not run.context.machine.group.is_leader:
         return
     run.budget.lap("training")
-    if run.budget.seconds and run.state.plan:  # repeating this run looks at no clock
-        plan = ",".join(f"{start}:{total}" for start, total in run.state.plan)
-        run.context.config = replace(run.config, steps=plan, report=run.budget.report_level(
-            run.context.data, run.config))
-        with keep_what_fits(run.lost):
-            write_json(run.folder / "config.json", dataclasses.asdict(run.config))
     with keep_what_fits(run.lost):
         if not (run.folder / "config.json").exists():
             run.log(f"WARNING  {run.folder} is gone; what is written from now on is put there "
@@ -6485,6 +6492,11 @@ def evaluate_and_write(run: Run, held_out: HeldOut | None = None) -> None:
         data.meta["seen"] = torch.cat((learnt_before, prints["train"], prints["val"]))
         evaluation, held_out = evaluate_run(run, held_out)
         run.budget.lap("evaluation")
+        if run.budget.seconds and run.state.plan:  # repeating this run looks at no clock
+            plan = ",".join(f"{start}:{total}" for start, total in run.state.plan)
+            run.context.config = replace(run.config, steps=plan,
+                                         report=run.budget.report_level(data, run.config))
+            write_json(run.folder / "config.json", dataclasses.asdict(run.config))
         add_checks(run, evaluation, held_out, prints, learnt_before)
         run.budget.lap("checks")
         write_progress(run.folder, run.state, evaluation.title)
@@ -7698,9 +7710,11 @@ def open_storage(url: str | None) -> Iterator[Any]:
         if url is None:
             yield None
             return
-        # Signs of life: what a killed process left behind is given up after 30 seconds.
-        open_it = functools.partial(optuna.storages.RDBStorage, url, heartbeat_interval=5,
-                                    grace_period=30)
+        # Signs of life: what a killed process left behind is given up after 30 seconds. SQLite
+        # would give up waiting for another process after 5, which a busy disk takes.
+        patient = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+        open_it = functools.partial(optuna.storages.RDBStorage, url, engine_kwargs=patient,
+                                    heartbeat_interval=5, grace_period=30)
         try:
             try:
                 storage = open_it()

@@ -311,12 +311,14 @@ def test_a_machine_that_slows_down_gets_fewer_steps(digits):
 def test_the_report_is_shortened_where_training_ended_too_late(digits):
     data = dld.build_dataset(digits, config := small("mnist", limit=100, report="full"))
     estimate = dataclasses.replace(SPEED, config=config)
-    needs = [estimate.closing(data, dataclasses.replace(config, report=level))
+    evaluation = estimate.evaluation(data, config)
+    needs = [estimate.closing(data, dataclasses.replace(config, report=level)) - evaluation
              for level in ("full", "short", "minimal")]
     assert needs == sorted(needs, reverse=True)
     for left, level in ((60, "full"), (needs[0] - 0.1, "short"), (needs[1] - 0.1, "minimal"),
                         (-5, "minimal")):
-        budget = dld.TimeBudget(time.perf_counter() - 100 + left, 100, speed=estimate,
+        budget = dld.TimeBudget(time.perf_counter() - 100 + left + evaluation, 100, speed=estimate,
+                                laps={"evaluation": evaluation},
                                 levels=("full", "short", "minimal"))
         assert budget.report_level(data, config) == level
         budget.levels = ()

@@ -35,6 +35,14 @@ def rex(config, done, plateau):
     return config.lr * (1 - done) / (1 - done / 2)
 
 
+def warm_up(config, done, plateau):
+    return config.lr * min(done / 0.15, (1 - done) / 0.85)
+
+
+def shift_less(*given, augment=dld.augment_batch, **options):
+    return augment(*given, **{**options, "shift": 1})
+
+
 def decay(power):
     return mock.patch.object(dld, "learning_rate",
                              lambda config, done, plateau: config.lr * (1 - done) ** power)
@@ -68,12 +76,14 @@ EQUAL_TIME = {  # a patch, settings, how many times the steps of the recipe the 
     "whole pictures, nothing frozen": (steps_change(0.0, 2.0), {}, 0.63),
     "whole pictures": (steps_change(0.0, 0.3), {}, 0.71),
     "nothing frozen": (steps_change(0.7, 2.0), {}, 0.9),
-    "small pictures until 0.8": (steps_change(0.8, 0.3), {}, 1.05),
+    "small pictures until 0.8, as many steps": (steps_change(0.8, 0.3), {}, 1.0),
     "REX": (mock.patch.object(dld, "learning_rate", rex), {}, 1.0),
     "decay by the power of 1.4": (decay(1.4), {}, 1.0),
+    "0.15 of the steps as warm-up": (mock.patch.object(dld, "learning_rate", warm_up), {}, 1.0),
     "batches of 250": (nothing, {"batch_size": 250}, 2.0),
     "a rate of 0.14": (nothing, {"lr": 0.14}, 1.0),
     "smoothed by 0.1": (nothing, {"label_smoothing": 0.1}, 1.0),
+    "shifted by one pixel at most": (mock.patch.object(dld, "augment_batch", shift_less), {}, 1.0),
 }
 
 

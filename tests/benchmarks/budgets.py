@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Whether a budget is kept: the wall clock against --budget, alone and with another program beside.
+"""What a given time buys, and whether it is kept, alone and with another program beside.
 
-    python tests/benchmarks/budgets.py --data-dir data mnist:20s cifar10:60s sentiment:3m
+    python tests/benchmarks/budgets.py --data-dir data mnist:20s cifar10:60s sentiment:default
     python tests/benchmarks/budgets.py --data-dir data --load mnist:20s cifar10:60s
 
-With --load a second process keeps one core busy from the middle of the budget on. A line a run:
-what it took (from the command to its end) as a share of the budget, where the seconds went, and
-the accuracy. Kept is what ends between 90 % and 102 % and a second.
+`default` stands for a run without --budget. With --load a second process keeps one core busy from
+the middle of the budget on. A line a run: test accuracy, what it took (from the command to its end)
+as a share of the budget, the largest memory of the process, and where the seconds went. Kept is
+what ends between 90 % and 102 % and a second.
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,22 +30,23 @@ STAGES = ("reading", "speed", "preparing", "training", "validation", "between", 
 
 def measure(task, budget, seed, args):
     """One run, as its user starts it."""
-    seconds, load = dld.parse_seconds(budget), None
+    limit = [] if budget == "default" else ["--budget", budget]
+    seconds, load = dld.parse_seconds(budget) if limit else float("nan"), None
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "deep_learning_deliverable.py"), "--task", task,
-                   "--budget", budget, "--seed", str(seed), "--output-dir", folder, *args.flags]
+                   *limit, "--seed", str(seed), "--output-dir", folder, *args.flags]
         command += ["--data-dir", args.data_dir] if args.data_dir else []
         started = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            if args.load:
-                time.sleep(seconds / 2)
-                load = subprocess.Popen([sys.executable, "-c", BUSY.format(3 * seconds)])
-            process.wait()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        if args.load and limit:
+            time.sleep(seconds / 2)
+            load = subprocess.Popen([sys.executable, "-c", BUSY.format(3 * seconds)])
+        _, ended, usage = os.wait4(process.pid, 0)
         whole = time.perf_counter() - started
         if load:
             load.kill()
-        if process.returncode:
-            sys.exit(f"{command} ended with {process.returncode}")
+        if ended:
+            sys.exit(f"{command} ended with {os.waitstatus_to_exitcode(ended)}")
         run, = Path(folder).iterdir()
         m, config = (json.loads((run / name).read_text("utf-8"))
                      for name in ("metrics.json", "config.json"))
@@ -51,8 +54,8 @@ def measure(task, budget, seed, args):
                                        "val_accuracy", "test_accuracy", "baseline_accuracy")}
     row |= {key: config[key] for key in ("width", "max_tokens", "report")}
     row |= {"budget": budget, "load": args.load, "whole": round(whole, 2),
-            "share": round(whole / seconds, 3),
-            "kept": 0.9 * seconds <= whole <= 1.02 * seconds + 1}
+            "share": round(whole / seconds, 3), "memory_mb": round(usage.ru_maxrss / 1000),
+            "kept": not limit or 0.9 * seconds <= whole <= 1.02 * seconds + 1}
     return row | {stage: m.get(f"seconds_{stage}", 0.0) for stage in STAGES}
 
 
@@ -66,8 +69,8 @@ def main():
     parser.add_argument("--flags", nargs="*", default=[], help="more flags for the program")
     parser.add_argument("--results", type=Path, help="a file to which each run is added")
     args = parser.parse_args()
-    print("| run | load | accuracy | wall clock | of the budget | kept | "
-          + " | ".join(STAGES) + " |\n|" + "---|" * (6 + len(STAGES)), flush=True)
+    print("| run | load | accuracy | wall clock | of the budget | kept | memory | "
+          + " | ".join(STAGES) + " |\n|" + "---|" * (7 + len(STAGES)), flush=True)
     rows = []
     for task, _, budget in (run.partition(":") for run in args.runs):
         some = [measure(task, budget, seed, args) for seed in args.seeds]
@@ -75,7 +78,7 @@ def main():
             rows.append(row)
             print(f"| {task} {budget}, seed {row['seed']} | {'yes' if args.load else 'no'} "
                   f"| {row['test_accuracy']:.2%} | {row['whole']:.1f} s | {row['share']:.1%} "
-                  f"| {'yes' if row['kept'] else 'NO'} | "
+                  f"| {'yes' if row['kept'] else 'NO'} | {row['memory_mb']:,} MB | "
                   + " | ".join(f"{row[stage]:.1f}" for stage in STAGES) + " |", flush=True)
             if args.results:
                 with args.results.open("a", encoding="utf-8") as file:
@@ -83,7 +86,7 @@ def main():
         if len(some) > 1:
             accuracy = [100 * row["test_accuracy"] for row in some]
             print(f"| {task} {budget}, mean | | {statistics.mean(accuracy):.2f} "
-                  f"± {statistics.stdev(accuracy):.2f} %" + " |" * (4 + len(STAGES)), flush=True)
+                  f"± {statistics.stdev(accuracy):.2f} %" + " |" * (5 + len(STAGES)), flush=True)
     print(f"\n{sum(row['kept'] for row in rows)} of {len(rows)} kept; {rows[0]['device']}, "
           f"{rows[0]['precision']}, torch {rows[0]['torch']}")
 
