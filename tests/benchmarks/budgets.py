@@ -77,7 +77,8 @@ def main():
         for row in some:
             rows.append(row)
             print(f"| {task} {budget}, seed {row['seed']} | {'yes' if args.load else 'no'} "
-                  f"| {row['test_accuracy']:.2%} | {row['whole']:.1f} s | {row['share']:.1%} "
+                  f"| {row['test_accuracy']:.2%} | {row['whole']:.1f} s "
+                  f"| {'' if budget == 'default' else format(row['share'], '.1%')} "
                   f"| {'yes' if row['kept'] else 'NO'} | {row['memory_mb']:,} MB | "
                   + " | ".join(f"{row[stage]:.1f}" for stage in STAGES) + " |", flush=True)
             if args.results:
