@@ -4927,15 +4927,15 @@ class TimeBudget:
 
         How fast this machine predicts is known best by then.
         """
-        found = config.report
-        for level in self.levels[self.levels.index(found):] if self.levels else ():
-            found = level
-            assert self.speed
-            slower = self.laps["evaluation"] / self.speed.evaluation(data, config)
+        if not self.levels:
+            return config.report
+        assert self.speed
+        slower = self.laps["evaluation"] / self.speed.evaluation(data, config)
+        for level in self.levels[self.levels.index(config.report):]:
             checks = self.speed.checks(data, replace(config, report=level))
             if slower * checks + self.speed.writing(data) < self.left:
                 break
-        return found
+        return level
 
     def lap(self, name: str) -> dict[str, float]:
         """Since the last lap, time has gone into this; returns what went into what."""

@@ -31,7 +31,7 @@ STAGES = ("reading", "speed", "preparing", "training", "validation", "between", 
 def measure(task, budget, seed, args):
     """One run, as its user starts it."""
     limit = [] if budget == "default" else ["--budget", budget]
-    seconds, load = dld.parse_seconds(budget) if limit else float("nan"), None
+    seconds, load = dld.parse_seconds(budget) if limit else 0.0, None
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "deep_learning_deliverable.py"), "--task", task,
                    *limit, "--seed", str(seed), "--output-dir", folder, *args.flags]
@@ -54,7 +54,8 @@ def measure(task, budget, seed, args):
                                        "val_accuracy", "test_accuracy", "baseline_accuracy")}
     row |= {key: config[key] for key in ("width", "max_tokens", "report")}
     row |= {"budget": budget, "load": args.load, "whole": round(whole, 2),
-            "share": round(whole / seconds, 3), "memory_mb": round(usage.ru_maxrss / 1000),
+            "share": round(whole / seconds, 3) if limit else None,
+            "memory_mb": round(usage.ru_maxrss / 1000),
             "kept": not limit or 0.9 * seconds <= whole <= 1.02 * seconds + 1}
     return row | {stage: m.get(f"seconds_{stage}", 0.0) for stage in STAGES}
 
@@ -78,7 +79,7 @@ def main():
             rows.append(row)
             print(f"| {task} {budget}, seed {row['seed']} | {'yes' if args.load else 'no'} "
                   f"| {row['test_accuracy']:.2%} | {row['whole']:.1f} s "
-                  f"| {'' if budget == 'default' else format(row['share'], '.1%')} "
+                  f"| {format(row['share'], '.1%') if row['share'] else ''} "
                   f"| {'yes' if row['kept'] else 'NO'} | {row['memory_mb']:,} MB | "
                   + " | ".join(f"{row[stage]:.1f}" for stage in STAGES) + " |", flush=True)
             if args.results:
