@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1625
      6  Explanations ................. 2211
      7  Data ......................... 2444
-     8  Tasks ........................ 4311
-     9  Machine ...................... 4579
-    10  Figures ...................... 5294
-    11  Report ....................... 5614
-    12  Runs ......................... 6188
-    13  Using a model ................ 7089
-    14  Search and notebook .......... 7832
-    15  Command line ................. 8318
+     8  Tasks ........................ 4345
+     9  Machine ...................... 4613
+    10  Figures ...................... 5328
+    11  Report ....................... 5648
+    12  Runs ......................... 6222
+    13  Using a model ................ 7123
+    14  Search and notebook .......... 7866
+    15  Command line ................. 8352
 """
 
 # /// script
@@ -3011,7 +3011,7 @@ GAP = ("…", 0.0)  # in place of words that are left out
 
 
 def decode(text: bytes) -> str:
-    """UTF-8; bytes that are none are taken for Latin-1, one by one."""
+    """UTF-8; bytes that are none are taken for cp1252, one by one."""
     return clean(text.decode("utf-8", "surrogateescape"))
 
 
@@ -3939,10 +3939,31 @@ def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
     text, ending = text.replace("\0", " "), path.suffix.lower()
     skipped: Skipped = []
     table = (read_objects(text, skipped) if ending in JSON_ENDINGS
+             else read_lines(text, pattern) if (pattern := marked_lines(text, ending))
              else read_cells(text, "\t" if ending == ".tsv" else "\t|;,", skipped))
     if not len(table):
         raise DataError(f"{path} holds no rows")
     return table, skipped
+
+
+def marked_lines(text: str, ending: str) -> re.Pattern[str] | None:
+    """How to cut lines that begin with their class, if these do: __label__x text, or x text."""
+    some = text.splitlines()[:1000]
+    for pattern, fits in ((r"__label__(\S+)(?:[\s,]+__label__\S+)*[\s,]+(.*)", True),
+                          (r"([^\s,;|]+) +(\S.*)", ending not in TABLE_ENDINGS)):
+        found = [re.fullmatch(pattern, line.strip()) for line in some if line.strip()]
+        kinds = {one[1] for one in found if one}
+        if fits and found and all(found) and 1 < len(kinds) <= max(2, min(50, len(found) // 4)):
+            return re.compile(pattern)
+    return None
+
+
+def read_lines(text: str, pattern: re.Pattern[str]) -> pd.DataFrame:
+    """Such lines as a table, numbered as they are."""
+    lines = {i: pattern.fullmatch(line.strip()) for i, line in enumerate(text.splitlines(), 1)
+             if line.strip()}
+    return pd.DataFrame([[found[1], found[2]] if found else [None, None]
+                         for found in lines.values()], [*lines], ["label", "text"], dtype=object)
 
 
 def number_repeats(names: Sequence[str]) -> list[str]:
@@ -4076,6 +4097,16 @@ def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
     return text, label
 
 
+def find_parts(table: pd.DataFrame, taken: Sequence[str]) -> tuple[str, pd.Series]:
+    """The column that says train, val or test, by its name or by what it holds; and the parts."""
+    for name in table.columns.difference(taken, sort=False):
+        parts = table[name].astype(str).str.strip().str.lower().map(PART_NAMES)
+        least = 0.5 if name.lower() in ("split", "part", "subset") else 0.95
+        if parts.notna().mean() > least and {"train"} < {*parts.dropna()}:
+            return str(name), parts
+    return "", pd.Series("", table.index)
+
+
 def list_rows(path: Path, config: Config, say: Callable[[str], Any],
               usual: Sequence[str]) -> tuple[list[SampleFile], Skipped, tuple[str, str]]:
     """The samples of a table, each named by its row; what is none; the columns that are used."""
@@ -4084,15 +4115,11 @@ def list_rows(path: Path, config: Config, say: Callable[[str], Any],
         say(f"WARNING  {path.name}, {name}: {why}")
     text, label = (named or (name if name in table else "") for named, name in zip(
         (config.text_column, config.label_column), usual, strict=True))
-    text, label = find_columns(table, path, text, label)
+    split, parts = find_parts(table, (text, label))
+    text, label = find_columns(table.drop(columns=[split] if split else []), path, text, label)
     several = [name for name in (text, label) if f"{name} (2)" in table]
-    split = next((name for name in table if name.lower() in ("split", "part", "subset")), text)
-    parts = table[split].astype(str).str.strip().str.lower().map(PART_NAMES)
-    named = bool(parts.notna().mean() > 0.5)  # else no such column, or one that means another thing
-    if not named:
-        parts = pd.Series("", table.index)
     say(f"Columns {text} (the text) and {label} (the class) of {path.name}"
-        + f", {split} (the part)" * named
+        + f", {split} (the part)" * bool(split)
         + f"; of several called {' and '.join(several)} the first" * bool(several))
     found = []
     for row, content, said, part in zip(table.index, table[text], table[label], parts, strict=True):
@@ -4117,9 +4144,16 @@ def list_texts(config: Config, say: Callable[[str], Any], usual: Sequence[str] =
                ) -> tuple[list[SampleFile], Skipped, tuple[str, str]]:
     """The user's texts: a table, or .txt files in a folder a class."""
     path, columns = Path(config.data).expanduser(), ("", "")
+    skipped: Skipped = []
     if not path.exists():
         raise DataMissing(f"--data {path}: no such file or folder")
-    if path.is_dir():
+    if path.is_dir() and len(senses := [one for one in list_folder(path) if one.suffix.lower() in (
+            ".pos", ".neg", ".neu")]) > 1:
+        found = [SampleFile(clean_name(f"{one.name} line {i}"), one.suffix[1:].lower(),
+                            PART_NAMES.get(one.stem.lower(), ""), line)
+                 for one in senses for i, line in enumerate(read_text(one).splitlines(), 1)
+                 if line.strip()]
+    elif path.is_dir():
         found, skipped = list_samples(path, 1)
         for one in found:
             one.content = read_text(one.content)
@@ -4598,10 +4632,10 @@ def in_quotes(path: Path) -> str:
 def clean(text: str) -> str:
     """Without halves of characters, which file names and JSON can hold and no file takes.
 
-    Bytes of a file name that are no UTF-8 are taken for Latin-1.
+    Bytes that are no UTF-8 are taken for Windows' cp1252, which holds all letters of Latin-1.
     """
-    return re.sub("[\ud800-\udfff]", lambda half: chr(ord(half[0]) - 0xDC00)
-                  if "\udc80" <= half[0] <= "\udcff" else "\ufffd", text)
+    return re.sub("[\ud800-\udfff]", lambda half: bytes([ord(half[0]) - 0xDC00]).decode(
+        "cp1252", "replace") if "\udc80" <= half[0] <= "\udcff" else "\ufffd", text)
 
 
 def clean_name(text: str) -> str:

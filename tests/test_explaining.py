@@ -115,7 +115,7 @@ def test_a_random_explanation_fails_the_test_that_a_good_one_passes(digits):
 
 
 def test_attention_shown_is_attention_used_on_the_words_as_written(reviews):
-    data = dld.build_dataset(reviews, small("sentiment", max_tokens=6))
+    data = dld.build_dataset(reviews, small("sentiment", max_tokens=6, wide=False))
     model, samples, test = dld.build_model(data.meta).eval(), data.samples, data.parts["test"]
     rows = test[samples.length[test] > 6][:3]
     found = dld.explain_texts(model, samples.batch(rows), torch.tensor([0, 1, 1]))

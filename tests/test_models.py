@@ -7,7 +7,7 @@ from conftest import dld
 PICTURES = {"kind": "image", "channels": 3, "side": 16, "classes": list("abcdefghij"),
             "dropout": 0.0, "width": 16, "patches": torch.eye(12).tolist()}
 TEXTS = {"kind": "text", "classes": ["no", "yes"], "vocabulary": [f"w{i}" for i in range(50)],
-         "pairs": 512, "dropout": 0.0, "model": "lstm", "width": 16}
+         "pairs": 512, "max_tokens": 400, "dropout": 0.0, "model": "lstm", "width": 16}
 
 
 def random_ids(n, length, seed=0):

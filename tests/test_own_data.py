@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -122,6 +123,14 @@ def test_tables_of_many_kinds_give_the_same_texts_and_classes(tmp_path):
     (tmp_path / "h.json").write_text(json.dumps(objects))
     table(tmp_path / "i.csv", [(f"no. {i}", t, "x", s) for i, t, s in REVIEWS],
           head=("title", "review_text", "text_id", "stars"))
+    (tmp_path / "k.txt").write_text("\n".join(f"{s} {t}" for _, t, s in REVIEWS))
+    for name, mark in (("l.txt", "__label__{} {}"), ("m.csv", "__label__{} , {}")):
+        (tmp_path / name).write_text("\n".join(mark.format(s, t) for _, t, s in REVIEWS))
+    (tmp_path / "n").mkdir()
+    for sense in ("pos", "neg"):
+        (tmp_path / "n" / f"reviews.{sense}").write_text("\n".join(
+            t for _, t, s in REVIEWS if s == sense))
+    table(tmp_path / "o.txt", [(s, t) for _, t, s in REVIEWS], head=None, delimiter="\t")
     for i, text, sense in REVIEWS:
         (tmp_path / "j" / sense).mkdir(parents=True, exist_ok=True)
         (tmp_path / "j" / sense / f"{i}.txt").write_text(text)
@@ -139,6 +148,22 @@ def test_columns_can_be_named_and_a_column_of_parts_is_kept(tmp_path):
     raw = read("text", path, tmp_path, text_column="title", label_column="mood")
     assert raw.classes == ["x", "y"] and raw.x[0].startswith("title")
     assert raw.n_val == 12 and raw.n_train == 48
+
+
+@pytest.mark.parametrize("head", [("gold", "sentence", "where"), None])
+def test_a_column_of_parts_is_found_by_what_it_holds(head, tmp_path):
+    parts = ("test", "Dev", "train", "train", "train")
+    rows = [(f"{s} {i % 4}", t, parts[i % 5]) for i, t, s in REVIEWS]
+    raw = read("text", table(tmp_path / "a.csv", rows, head=head), tmp_path)
+    assert raw.n_val == 12 and raw.n_train == 48 and len(raw.x) == 60
+    assert len(raw.classes) == 4, "which the parts are not, though they are fewer"
+
+
+def test_letters_of_windows_are_read(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text,label\n".encode() + b"".join(
+        f"caf\xe9 \u201c{i}\u201d,{i % 2}\n".encode("cp1252") for i in range(9)))
+    assert all(re.fullmatch("caf\xe9 \u201c\\d\u201d", text) for text in
+               read("text", tmp_path / "a.csv", tmp_path).x)
 
 
 LINES = ["text,label", *(f"film {i},{i % 2}" for i in range(10))]
