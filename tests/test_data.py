@@ -93,7 +93,9 @@ def test_long_texts_keep_beginning_and_end_and_empty_ones_are_inputs():
 def test_the_phrase_model_is_scikit_learns_own(reviews):
     """The oracle: the same method written with scikit-learn's vectoriser."""
     train, y = torch.arange(600), torch.from_numpy(reviews.y)
-    model = dld.PhraseModel(dld.tokenize(reviews.x), train, y[train], 2, 2, False)
+    tokens = dld.tokenize(reviews.x)
+    every = torch.arange(len(tokens.words)) + 2
+    model = dld.PhraseModel(tokens, every, len(every) + 2, train, y[train], 2, longest=2)
     counter = CountVectorizer(tokenizer=dld.find_words, token_pattern=None, ngram_range=(1, 2))
     counts = counter.fit_transform(reviews.x[:600])
     often = np.flatnonzero(np.asarray(counts.sum(0)).ravel() > 1)

@@ -160,7 +160,7 @@ def test_a_column_of_parts_is_found_by_what_it_holds(head, tmp_path):
 
 
 def test_letters_of_windows_are_read(tmp_path):
-    (tmp_path / "a.csv").write_bytes("text,label\n".encode() + b"".join(
+    (tmp_path / "a.csv").write_bytes(b"text,label\n" + b"".join(
         f"caf\xe9 \u201c{i}\u201d,{i % 2}\n".encode("cp1252") for i in range(9)))
     assert all(re.fullmatch("caf\xe9 \u201c\\d\u201d", text) for text in
                read("text", tmp_path / "a.csv", tmp_path).x)

@@ -214,7 +214,7 @@ def test_all_ways_to_predict_agree_on_the_same_100_inputs(
     samples, expected = inputs[task]
     found = way(runs[task], task, samples, tmp_path, request).double()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert expected.std(0).max() > 0.004, "the inputs make a difference"
+    assert expected.std(0).max() > 0.002, "the inputs make a difference"
 
 
 def test_a_picture_is_explained_by_its_map(runs, port, shapes):
@@ -242,7 +242,7 @@ def test_a_text_is_explained_by_the_attention_to_its_words(runs, port):
     words, weights = zip(*answer["words"], strict=True)
     assert " ".join(words) == "The plot was not good." and len(answer["shades"]) == 5
     assert sum(weights) == pytest.approx(1, abs=1e-4)
-    assert explain("good " * 900)["words"].count(["…", 0.0]) == 1, "it did not read the middle"
+    assert explain("good " * 1200)["words"].count(["…", 0.0]) == 1, "it did not read the middle"
 
 
 def test_health_metrics_and_page(runs, port):

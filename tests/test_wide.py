@@ -35,7 +35,7 @@ def test_the_network_counts_phrases_as_scikit_learn_does(prepared):
                               data.labels[train], classes, 3, slots=2**12)
     assert 100 < len(phrases.known) <= phrases.slots
     assert len({*(phrases.known % phrases.slots).tolist()}) == len(phrases.known), "one a slot"
-    wide = dld.make_wide(phrases, None, classes)
+    wide = dld.make_wide(phrases, None)
     found = dld.predict_logits(wide, data.samples, rows, machine).softmax(1)
     torch.testing.assert_close(found, phrases.probabilities(rows), atol=1e-5, rtol=0)
     assert found.std(0).min() > 0.01
@@ -47,7 +47,7 @@ def test_words_that_share_pieces_share_what_these_say(prepared):
     y = np.array([int("ful" in text) for text in texts])
     raw = dld.RawData("", ["no", "yes"], [*texts, "a", "b"], np.append(y, [0, 1]), len(texts))
     data = dld.build_dataset(raw, small("sentiment"))
-    evidence, square, _ = dld.fit_pieces(data.samples, data)
+    evidence, square, _ = dld.fit_pieces(data.samples, data, data.parts["train"])
     of = {word: evidence[i + 2] @ [-1, 1] for i, word in enumerate(data.meta["vocabulary"])}
     assert all(of[word] * (1 if word.endswith("ful") else -1) > 5 * abs(of["film"])
                for word in of if word != "film")

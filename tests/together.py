@@ -18,7 +18,7 @@ RAW = {"cifar10": dld.make_shapes(300, 50), "sentiment": dld.make_reviews(300, 5
 
 def one_epoch(task, group):
     """Weights, history and the samples that each process trained on."""
-    config = small(task, limit=161, epochs=1, batch_size=50, dropout=0.0)
+    config = small(task, limit=161, epochs=1, batch_size=50, dropout=0.0, word_dropout=0.0)
     machine = dld.start_machine(config, group)
     data = dld.build_dataset(RAW[task], config)
     state, _ = dld.start_training(data, config, machine)

@@ -5,7 +5,7 @@
 
 Writes parts of CIFAR-10, MNIST and IMDb as a user would have them, in folders of files, trains on
 them by default, and prints accuracy and baseline on the same test samples. The test part is that of
-the official data set (for CIFAR-10 and IMDb 2,000 samples of it); with --development it is made of
+the official data set (of CIFAR-10 2,000 samples of it, of IMDb 10,000); with --development it is made of
 other samples of the official training part, so that settings can be chosen by it.
 """
 import argparse
@@ -29,7 +29,10 @@ CASES = {  # data set, training samples (0: all), classes, rows of the first for
     "cifar10-uneven": ("cifar10", 4000, 2, 20), "mnist-png": ("mnist", 0, 10, 1),
     "imdb-500": ("sentiment", 500, 2, 1), "imdb-2000": ("sentiment", 2000, 2, 1),
     "imdb-10000": ("sentiment", 10_000, 2, 1), "imdb-sentences": ("sentiment", 10_000, 2, 1),
-    "imdb-uneven": ("sentiment", 4000, 2, 20)}
+    "imdb-ratings": ("sentiment", 10_000, 8, 1), "imdb-uneven": ("sentiment", 4000, 2, 20)}
+
+
+SIZE = {"cifar10": 2000, "mnist": None, "sentiment": 10_000}  # of the test part
 
 
 def choose(y, wanted, classes, uneven, random):
@@ -48,12 +51,18 @@ def write(case, folder, data_dir, development):
     task, wanted, classes, uneven = CASES[case]
     config = dld.resolve_config({"task": task, "data": "real", "data_dir": data_dir})
     raw, random = dld.load_raw(config, dld.Log(quiet=True)), np.random.default_rng(0)
+    if case == "imdb-ratings":  # 1 to 4 and 7 to 10 points, which the files' names end with
+        raw.y = np.array([int(path.stem.split("_")[1]) for part in ("train", "test") for sense in
+                          ("neg", "pos") for path in dld.list_folder(
+                              config.data_path / "aclImdb" / part / sense)])
+        raw.classes = [f"{points} points" for points in np.unique(raw.y)]
+        raw.y = np.unique(raw.y, return_inverse=True)[1]
     labels = raw.y[:raw.n_train]
     rows = choose(labels, wanted, classes, uneven, random)
     test = raw.n_train + random.permutation(len(raw.y) - raw.n_train)
     if development:
         test = random.permutation(np.setdiff1d(np.arange(raw.n_train), rows))
-    test = [row for row in test if raw.y[row] < classes][:None if task == "mnist" else 2000]
+    test = [row for row in test if raw.y[row] < classes][:SIZE[task]]
     parts = {"train": rows, "test": test}
     for part, some in parts.items():
         for row in some:

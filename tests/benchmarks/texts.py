@@ -69,7 +69,8 @@ def main():
               flush=True)
         return done
 
-    config = dld.resolve_config({"task": "sentiment", "data": "real", "data_dir": args.data_dir})
+    config = dld.resolve_config({"task": "sentiment", "data": "real", "data_dir": args.data_dir,
+                                 "wide": False})
     machine = dld.start_machine(config)
     raw = timed("reading the reviews (with the kept words, if there)",
                 lambda: dld.read_imdb(config))
@@ -79,18 +80,20 @@ def main():
     few = dataclasses.replace(data, unlabelled=data.unlabelled[:0])
     timed("word vectors and leanings", lambda: samples.prepare(model, few))
 
-    def fit_preprocessing(longest, weighed):
-        return dld.PhraseModel(samples.tokens, train, labels[train], 2, longest, weighed)
+    def learn(longest, table, slots=0):
+        return dld.PhraseModel(samples.tokens, table, int(table.max()) + 1, train, labels[train], 2,
+                               longest, slots)
 
-    simple = timed("baseline: learning", lambda: fit_preprocessing(2, False))
+    every = torch.arange(len(samples.tokens.words)) + dld.UNKNOWN + 1
+    simple = timed("baseline: learning", lambda: learn(2, every))
     timed("baseline: the test part", lambda: simple.probabilities(data.parts["test"]))
-    simple = timed("pseudo-labels: learning", lambda: fit_preprocessing(3, True))
+    simple = timed("wide part: learning", lambda: learn(3, samples.table, 2**18))
     timed("pseudo-labels: 50,000 reviews", lambda: simple.probabilities(data.parts["unlabelled"]))
 
     order = torch.Generator().manual_seed(0)
     plan = samples.plan(train, config.batch_size, order)
     kept = samples.kept[train]
-    held = sum(len(where) * int(samples.places(train[where])[0].shape[1]) for where in plan)
+    held = sum(len(where) * int(samples.flat_indices(train[where])[0].shape[1]) for where in plan)
     print(f"\nlongest text {config.max_tokens}, batches of {config.batch_size}, "
           f"{kept.sum():,} tokens an epoch; padding {1 - int(kept.sum()) / held:.1%}")
     at_random = torch.randperm(len(train), generator=order).split(config.batch_size)
