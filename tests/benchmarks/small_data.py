@@ -5,8 +5,8 @@
 
 Writes parts of CIFAR-10, MNIST and IMDb as a user would have them, in folders of files, trains on
 them by default, and prints accuracy and baseline on the same test samples. The test part is that of
-the official data set (of CIFAR-10 2,000 samples of it, of IMDb 10,000); with --development it is made of
-other samples of the official training part, so that settings can be chosen by it.
+the official data set (of CIFAR-10 2,000 samples of it, of IMDb 10,000); with --development it is
+made of other samples of the official training part, so that settings can be chosen by it.
 """
 import argparse
 import json
