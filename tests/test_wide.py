@@ -32,7 +32,8 @@ def test_the_network_counts_phrases_as_scikit_learn_does(prepared):
     rows, classes, words = data.parts["test"], 2, len(data.meta["vocabulary"]) + 2
     train = data.parts["train"]
     phrases = dld.PhraseModel(data.samples.tokens, data.samples.table, words, train,
-                              data.labels[train], classes, 3, slots=2**12)
+                              data.labels[train], classes,
+                              dld.LONGEST_PHRASE, slots=2**12)
     assert 100 < len(phrases.known) <= phrases.slots
     assert len({*(phrases.known % phrases.slots).tolist()}) == len(phrases.known), "one a slot"
     wide = dld.make_wide(phrases, None)
