@@ -30,16 +30,16 @@ Contents, with the line where each section begins:
      3  Models ........................ 455
      4  Training ...................... 997
      5  Evaluation ................... 1634
-     6  Explanations ................. 2232
-     7  Data ......................... 2465
-     8  Tasks ........................ 4395
-     9  Machine ...................... 4663
-    10  Figures ...................... 5388
-    11  Report ....................... 5708
-    12  Runs ......................... 6289
-    13  Using a model ................ 7197
-    14  Search and notebook .......... 7940
-    15  Command line ................. 8426
+     6  Explanations ................. 2236
+     7  Data ......................... 2469
+     8  Tasks ........................ 4399
+     9  Machine ...................... 4667
+    10  Figures ...................... 5398
+    11  Report ....................... 5718
+    12  Runs ......................... 6299
+    13  Using a model ................ 7208
+    14  Search and notebook .......... 7951
+    15  Command line ................. 8437
 """
 
 # /// script
@@ -2091,8 +2091,9 @@ class PhraseModel:
         self.tokens, self.table, self.words = tokens, table.long().numpy(), words
         self.longest = longest
         # What occurs once says nothing about new texts.
-        phrases, times = np.unique(self.phrases(rows)[0], return_counts=True)
-        self.known = phrases[times > 1] if (times > 1).any() else phrases
+        found = [np.unique(numbers, return_counts=True) for numbers, _ in self.phrases(rows)]
+        phrases, times = (np.concatenate(each) for each in zip(*found, strict=True))
+        self.known = np.sort(phrases[times > 1] if (times > 1).any() else phrases)
         if len(self.known) > (most := 8_000_000 // classes):  # a weight for each class and phrase
             self.known = np.sort(phrases[times.argsort(kind="stable")[-most:]])
         counts = self.count(rows)
@@ -2113,30 +2114,33 @@ class PhraseModel:
         self.name, weight, self.bias = fit_linear(
             self.features(counts[:, first]) @ diags(contrast), y, classes, c)
         self.weight = weight * contrast
+        return_freed_memory()
 
-    def phrases(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """A number for each phrase of at most `longest` words, and which text it stands in."""
+    def phrases(self, rows: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each length, a number for each phrase, and which text it stands in."""
         word, text = (t.numpy() for t in self.tokens.of(rows))
         word = self.table[word]
         # Words are digits: a phrase is one int64, and np.unique counts it. `Wide` does the same.
-        number, known, numbers, texts = word, word > UNKNOWN, [], []
+        number, known = word, word > UNKNOWN
         for reach in range(self.longest):
             if reach:
                 number = number[:-1] * self.words + word[reach:]
                 known = known[:-1] & (word[reach:] > UNKNOWN)
                 known &= text[reach:] == text[:len(text) - reach]
-            numbers.append(number[known])
-            texts.append(text[reach:][known])
-        return np.concatenate(numbers), np.concatenate(texts)
+            yield number[known], text[reach:][known]
 
     def count(self, rows: Tensor) -> Any:
         """How often each known phrase occurs in each of these texts, as a sparse matrix."""
-        from scipy.sparse import csr_matrix
-        number, text = self.phrases(rows)
-        place = np.searchsorted(self.known, number).clip(max=len(self.known) - 1)
-        found = self.known[place] == number
-        ones = np.ones(int(found.sum()), np.float32)
-        return csr_matrix((ones, (text[found], place[found])), (len(rows), len(self.known)))
+        from scipy.sparse import csr_matrix, vstack
+        blocks = []
+        for some in rows.split(5_000):  # all at once would fill a gigabyte
+            number, text = (np.concatenate(each) for each in zip(*self.phrases(some), strict=True))
+            place = np.searchsorted(self.known, number).clip(max=len(self.known) - 1)
+            found = self.known[place] == number
+            ones = np.ones(int(found.sum()), np.float32)
+            blocks.append(csr_matrix((ones, (text[found], place[found])),
+                                     (len(some), len(self.known))))
+        return vstack(blocks, "csr")
 
     def features(self, counts: Any) -> Any:
         """TF-IDF."""
@@ -4991,6 +4995,12 @@ def keep_freed_memory(most: int = 1 << 30) -> None:
             ctypes.CDLL(None).mallopt(option, most)
 
 
+def return_freed_memory() -> None:
+    """Give back what such a glibc has kept, where it was much and is not needed again."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def start_machine(config: Config, group: DistributedContext = DistributedContext()) -> Machine:
     """Pick device and precision, seed the global generators."""
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -7006,6 +7016,7 @@ def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut, prints: dict
     """What makes numbers believable: issues of the data, baseline, tests of the explanations."""
     data, m, model = evaluation.data, evaluation.metrics, run.state.model
     level = run.config.report
+    return_freed_memory()
     samples, temperature = data.samples, data.meta["temperature"]
     m |= {f"{part}_content_sha256": short_hash(prints[part].numpy()) for part in PARTS}
     issues = find_repeats(data, prints, learnt_before)
