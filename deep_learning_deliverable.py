@@ -692,7 +692,7 @@ class Wide(nn.Module):
 
 def spread(gain: Tensor, words: int) -> Tensor:  # [B, T] -> the same
     """What phrases of so many words gained, noted at their last word: an equal share to each."""
-    return sum((F.pad(gain[:, back:], (0, back)) for back in range(words)),
+    return sum((F.pad(gain, (0, back))[:, back:] for back in range(words)),
                torch.zeros_like(gain)) / words
 
 

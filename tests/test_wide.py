@@ -72,8 +72,10 @@ def test_the_wide_part_reads_what_the_reader_must_skip(prepared):
     torch.testing.assert_close(both(ids), 0.5 * alone[0] + 2 * alone[1])
 
 
-def test_evidence_of_both_parts_sums_to_what_the_text_adds(prepared):
-    both, ids = joined(prepared), torch.randint(2, 60, (3, 14))
+@pytest.mark.parametrize("length", [1, 2, 14])
+def test_evidence_of_both_parts_sums_to_what_the_text_adds(prepared, length):
+    random = torch.Generator().manual_seed(length)
+    both, ids = joined(prepared), torch.randint(2, 60, (3, length), generator=random)
     ids[1, 5:] = dld.PAD
     label = torch.tensor([0, 1, 1])
     gains = dld.integrated_gradients(both, ids, label, steps=100)
