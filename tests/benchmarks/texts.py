@@ -106,7 +106,7 @@ def main():
         rows = train[where]
         with machine.autocast():
             logits = model(samples.batch(rows))
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad()
         nn.functional.cross_entropy(logits.float(), labels[rows]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         state.optimizer.step()
