@@ -156,7 +156,7 @@ else:
     pd, stats, skmetrics = Lazy("pandas"), Lazy("scipy.stats"), Lazy("sklearn.metrics")
 
 VERSION = "0.2"
-MODEL_FORMAT, STATE_FORMAT = 9, 9  # of model.pt and checkpoint.pt; others are refused
+MODEL_FORMAT, STATE_FORMAT = 9, 10  # of model.pt and checkpoint.pt; others are refused
 IMPORT_SECONDS = time.perf_counter() - STARTED  # they belong to the time that a run takes
 
 # -- errors --------------------------------------------------------------------------------------
@@ -661,7 +661,7 @@ class Wide(nn.Module):
     """The wide part (Cheng et al. 2016): linear models of phrases and of the pieces of words.
 
     A phrase has one to four words and is found by a hash. What a word's pieces say is one number
-    a class and word, so that no word need be cut here. `fit_wide` learns both.
+    a class and word, so that no word need be cut here. `make_wide` fills it with both.
     """
 
     def __init__(self, words: int, slots: int, pieces: int, classes: int) -> None:
