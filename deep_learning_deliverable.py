@@ -32,14 +32,14 @@ Contents, with the line where each section begins:
      5  Evaluation ................... 1634
      6  Explanations ................. 2237
      7  Data ......................... 2470
-     8  Tasks ........................ 4400
-     9  Machine ...................... 4668
-    10  Figures ...................... 5399
-    11  Report ....................... 5719
-    12  Runs ......................... 6300
-    13  Using a model ................ 7209
-    14  Search and notebook .......... 7952
-    15  Command line ................. 8438
+     8  Tasks ........................ 4399
+     9  Machine ...................... 4667
+    10  Figures ...................... 5398
+    11  Report ....................... 5718
+    12  Runs ......................... 6299
+    13  Using a model ................ 7208
+    14  Search and notebook .......... 7951
+    15  Command line ................. 8437
 """
 
 # /// script
@@ -2031,9 +2031,9 @@ def pixel_baseline(data: Dataset) -> tuple[str, Tensor]:
 
 def phrase_baseline(data: Dataset) -> tuple[str, Tensor]:
     """The same for texts: logistic regression on words and word pairs."""
-    # Of the validation part too, as the wide part.
-    train = torch.cat((data.parts["train"], data.parts["val"] if data.wide is not None else
-                       data.parts["val"][:0]))
+    # From what the model has learnt from: the wide part learns from the validation part too.
+    parts = ("train", "val") if data.wide is not None else ("train",)
+    train = torch.cat([data.parts[part] for part in parts])
     tokens = data.samples.tokens
     every = torch.arange(len(tokens.words)) + UNKNOWN + 1
     model = PhraseModel(tokens, every, len(every) + UNKNOWN + 1, train, data.labels[train],
@@ -2042,11 +2042,11 @@ def phrase_baseline(data: Dataset) -> tuple[str, Tensor]:
     return f"TF-IDF of words and word pairs + {model.name}", predicted
 
 
-Linear = tuple[str, np.ndarray, np.ndarray]  # name, weights [classes, features], bias [classes]
+def fit_linear(x: Any, y: Tensor, classes: int,
+               c: float = 10) -> tuple[str, np.ndarray, np.ndarray]:
+    """A linear classifier of sparse features: name, weights [classes, features], bias [classes].
 
-
-def fit_linear(x: Any, y: Tensor, classes: int, c: float = 10) -> Linear:
-    """A linear classifier of sparse features; the higher `c`, the less its weights are held back.
+    The higher `c`, the less its weights are held back.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import ComplementNB
@@ -3463,8 +3463,7 @@ def make_wide(phrases: PhraseModel, pieces: tuple[np.ndarray, np.ndarray, np.nda
     known = torch.from_numpy(phrases.known)
     slot = known % phrases.slots
     wide.number[slot] = known
-    wide.phrases.weight.weight[slot] = torch.from_numpy(
-        (phrases.weight * phrases.scale).T)
+    wide.phrases.weight.weight[slot] = torch.from_numpy((phrases.weight * phrases.scale).T)
     wide.phrases.square[slot] = torch.from_numpy(phrases.scale ** 2)
     wide.bias.add_(torch.from_numpy(phrases.bias))
     if wide.pieces and pieces:
