@@ -1,4 +1,5 @@
 """The wide part: what phrases and pieces of words say, beside a network that reads."""
+import dataclasses
 import json
 
 import numpy as np
@@ -27,19 +28,35 @@ def joined(prepared, shares=(0.5, 2.0)):
     return both.eval()
 
 
-def test_the_network_counts_phrases_as_scikit_learn_does(prepared):
+def test_the_network_counts_phrases_as_scikit_learn_does(prepared, monkeypatch):
     _, data, machine = prepared
-    rows, classes, words = data.parts["test"], 2, len(data.meta["vocabulary"]) + 2
-    train = data.parts["train"]
-    phrases = dld.PhraseModel(data.samples.tokens, data.samples.table, words, train,
-                              data.labels[train], classes,
-                              dld.LONGEST_PHRASE, slots=2**12)
+    rows, train = data.parts["test"], data.parts["train"]
+    phrases = dld.fit_phrases(data.samples, data, train)
     assert 100 < len(phrases.known) <= phrases.slots
     assert len({*(phrases.known % phrases.slots).tolist()}) == len(phrases.known), "one a slot"
-    wide = dld.make_wide(phrases, None)
+    monkeypatch.setattr(dld, "fit_pieces", lambda *_: None)
+    wide = dld.fit_wide(data.samples, data, train)
     found = dld.predict_logits(wide, data.samples, rows, machine).softmax(1)
     torch.testing.assert_close(found, phrases.probabilities(rows), atol=1e-5, rtol=0)
     assert found.std(0).min() > 0.01
+
+
+def test_beside_a_wide_part_that_knows_no_answers_the_network_learns_the_rest(reviews):
+    # Labels by chance: nothing to be learnt, but they can be learnt by heart.
+    chance = np.random.default_rng(0).integers(0, 2, 600)
+    raw = dataclasses.replace(reviews, x=[*reviews.x, *reviews.x[:99]],
+                              y=np.append(chance, reviews.y[600:]), packed=None, learnt={})
+    config = small("sentiment")
+    data, machine = dld.build_dataset(raw, config), dld.start_machine(config)
+    state, _ = dld.start_training(data, config, machine)
+    rows = data.parts["train"]
+    y, sure = data.labels[rows], dld.predict_logits(data.wide, data.samples, rows, machine)
+    assert (sure.argmax(1) == y).double().mean() > 0.8
+    assert (data.beside.argmax(1) == y).double().mean() < 0.6
+    x, truth = data.samples.batch(rows[:32]), data.shares(y[:32])
+    losses = [float(dld.train_step(state, state.model, x, truth, known, 0.0, 1.0, config,
+                                   machine)[0]) for known in (0.0, 20 * truth)]
+    assert losses[0] > 15 and losses[1] < 0.01, "what is known already need not be learnt"
 
 
 def test_words_that_share_pieces_share_what_these_say(prepared):

@@ -78,7 +78,7 @@ def main():
     train, samples, labels = data.parts["train"], data.samples, data.labels
     model = dld.build_model(data.meta).train()
     few = dataclasses.replace(data, unlabelled=data.unlabelled[:0])
-    timed("word vectors and leanings", lambda: samples.prepare(model, few))
+    timed("word vectors and leanings", lambda: samples.prepare(model, few, machine))
 
     def learn(longest, table, slots=0):
         return dld.PhraseModel(samples.tokens, table, int(table.max()) + 1, train, labels[train], 2,
