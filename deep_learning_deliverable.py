@@ -2160,11 +2160,11 @@ class PhraseModel:
         counts.data = 1 + np.log(counts.data)
         return normalize(counts @ diags(self.scale), copy=False)
 
-    def probabilities(self, rows: Tensor, temperature: float = 1.0) -> Tensor:
+    def probabilities(self, rows: Tensor) -> Tensor:
         """The probability of each class [len(rows), classes]; in parts, since phrases are many."""
         logits = np.concatenate([self.features(self.count(some)) @ self.weight.T
                                  for some in rows.split(5_000)]) + self.bias
-        return (torch.from_numpy(logits) / temperature).softmax(1)
+        return torch.from_numpy(logits).softmax(1)
 
 
 # -- all of it together --------------------------------------------------------------------------
