@@ -28,18 +28,18 @@ Contents, with the line where each section begins:
      1  Head ........................... 59
      2  Config ........................ 196
      3  Models ........................ 455
-     4  Training ...................... 998
-     5  Evaluation ................... 1642
-     6  Explanations ................. 2247
-     7  Data ......................... 2480
-     8  Tasks ........................ 4425
-     9  Machine ...................... 4693
-    10  Figures ...................... 5427
-    11  Report ....................... 5747
-    12  Runs ......................... 6328
-    13  Using a model ................ 7238
-    14  Search and notebook .......... 7981
-    15  Command line ................. 8467
+     4  Training ..................... 1019
+     5  Evaluation ................... 1793
+     6  Explanations ................. 2398
+     7  Data ......................... 2629
+     8  Tasks ........................ 4581
+     9  Machine ...................... 4849
+    10  Figures ...................... 5586
+    11  Report ....................... 5906
+    12  Runs ......................... 6487
+    13  Using a model ................ 7397
+    14  Search and notebook .......... 8140
+    15  Command line ................. 8626
 """
 
 # /// script
@@ -526,17 +526,16 @@ class FastNet(nn.Module):
         self.small = False  # whether training sees pictures at three quarters of their side
 
     def settle(self, done: float) -> bool:
-        """After this share of the training: cheaper steps. Returns whether something was frozen.
+        """After this share of the training: cheaper steps. Returns whether that changed something.
 
         Small pictures first: in the same time 1.6 times the steps, and 2 to 3 points more. The
         first bias learns early or never, and it alone needs the gradient of that layer.
         """
         bias = self.body[0].bias
+        before = self.small, bias.requires_grad
         self.small = done < SMALL_UNTIL
-        frozen = done >= FROZEN_FROM and bool(bias.requires_grad)
-        if frozen:
-            bias.requires_grad_(False)
-        return frozen
+        bias.requires_grad_(bool(bias.requires_grad) and done < FROZEN_FROM)
+        return before != (self.small, bias.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
         if self.training and self.small and x.shape[-1] >= 24:
@@ -819,12 +818,23 @@ class ReverseTexts(torch.autograd.Function):
         return grad.flatten(0, 1).index_select(0, ctx.rows).view_as(grad), None
 
 
+def beside(one: nn.LSTM, two: nn.LSTM) -> list[Tensor]:
+    """The weights of an LSTM whose first units are those of `one` and whose others are of `two`."""
+    found = []
+    for pair in zip(one.parameters(), two.parameters(), strict=True):
+        a, b = (weight.unflatten(0, (4, -1)) for weight in pair)  # four gates
+        if a.ndim == 3:  # neither sees the other's inputs
+            a, b = F.pad(a, (0, b.shape[2])), F.pad(b, (a.shape[2], 0))
+        found.append(torch.cat((a, b), 1).flatten(0, 1))
+    return found
+
+
 class BiLSTM(nn.Module):
     """A two-layer bidirectional LSTM.
 
     The backward direction reads each text reversed within its own length: so padding stays behind
     the words both ways and never changes a result, without packing, which is several times slower
-    on a CPU and cannot be exported.
+    on a CPU, rules out cuDNN's fastest kernels and cannot be exported.
     """
 
     # 128 units were no better than 64, and 2.4 times slower.
@@ -850,9 +860,20 @@ class BiLSTM(nn.Module):
         with (torch.autocast("cpu", enabled=False) if full_precision
               else contextlib.nullcontext()):
             h = h.float() if full_precision else h
+            ahead: Any
+            back: Any
             for layer, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
                 h = self.drop(h) if layer else h
-                h = torch.cat((ahead(h)[0], reverse(back(reverse(h))[0])), -1)
+                if h.device.type == "cuda":  # where time goes by words one after another
+                    start = h.new_zeros(1, len(h), 2 * ahead.hidden_size)
+                    # cuDNN has a gradient only of what ran for training.
+                    found = torch.lstm(torch.cat((h, reverse(h)), -1), (start, start),
+                                       beside(ahead, back), True, 1, 0.0, torch.is_grad_enabled(),
+                                       False, True)[0]
+                    there, again = found.chunk(2, -1)
+                else:
+                    there, again = ahead(h)[0], back(reverse(h))[0]
+                h = torch.cat((there, reverse(again)), -1)
         return h
 
 
@@ -1055,8 +1076,8 @@ class TrainState:
 
     def capture(self, group: DistributedContext) -> dict[str, Any]:
         """All of it, ready to be saved; every process has to ask at the same step."""
-        cuda = self.noise.device.type == "cuda"
-        random = torch.get_rng_state(), (torch.cuda.get_rng_state(self.noise.device) if cuda
+        cuda = self.sums.device.type == "cuda"
+        random = torch.get_rng_state(), (torch.cuda.get_rng_state(self.sums.device) if cuda
                                          else None)
         return {"format": STATE_FORMAT, **{name: getattr(self, name) for name in self.PLAIN},
                 **{name: getattr(self, name).state_dict() for name in self.STATEFUL},
@@ -1071,14 +1092,14 @@ class TrainState:
             getattr(self, name).load_state_dict(values[name])
         # What all had summed goes on in one of them.
         sums = values["sums"].clone() if group.is_leader else torch.zeros(2)
-        self.sums = sums.to(self.noise.device)
+        self.sums = sums.to(self.sums.device)
         with contextlib.suppress(RuntimeError):  # another kind of device: fresh noise must do
             self.noise.set_state(values["noise"])
         if group.rank < len(values["random"]):
             cpu, cuda = values["random"][group.rank]
             torch.set_rng_state(cpu)
-            if cuda is not None and self.noise.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda, self.noise.device)
+            if cuda is not None and self.sums.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda, self.sums.device)
 
     @property
     def steps(self) -> int:
@@ -1138,7 +1159,7 @@ class Context:
 def fit(state: TrainState, context: Context) -> None:
     """Train until all steps are over, or patience ends."""
     data, config, group = context.data, context.config, context.machine.group
-    forward = wrap_model(state.model, context)
+    stepper = Stepper(state, context)
     state.plan = state.plan or (parse_steps(config.steps) if config.steps else
                                 [(0, data.steps_of(config))])
     with progress_bar(state.total(), " steps", hidden=not group.is_leader) as bar:
@@ -1149,7 +1170,7 @@ def fit(state: TrainState, context: Context) -> None:
                 if len(state.plan) == 1:  # the rate falls to its end, which is worth some points
                     state.plan += [(state.steps, state.steps + math.ceil(state.steps / 4))]
             bar.set_description(f"epoch {state.epoch + 1}")
-            train_epoch(state, forward, context, bar)
+            train_epoch(state, stepper, context, bar)
             close_epoch(state, context)
             if group.is_leader:
                 context.on_epoch(state)
@@ -1167,9 +1188,13 @@ class Planner:
         self.affordable, self.group = context.affordable, context.machine.group
         self.next = 0  # the step before which to ask again
 
+    def due(self, state: TrainState) -> bool:
+        """Whether it asks before the next step."""
+        return self.affordable is not None and state.steps >= self.next
+
     def update(self, state: TrainState) -> None:
         """Before a step."""
-        if not self.affordable or state.steps < self.next:
+        if not self.affordable or not self.due(state):
             return
         total = self.group.broadcast(self.affordable(state) if self.group.is_leader else 0)
         now, left = state.total(), state.total() - state.steps
@@ -1194,8 +1219,82 @@ def wrap_model(model: nn.Module, context: Context) -> Callable[[Tensor], Tensor]
     return torch.compile(forward) if context.config.compile else forward
 
 
-def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context: Context,
-                bar: tqdm[Any]) -> None:
+class Stepper:
+    """Takes the steps. On a GPU the hundreds of kernels of one are recorded and launched as one.
+
+    A recorded step repeats itself on the same memory: what differs from step to step, the rate
+    among it, is written there before. So all batches must be alike: pictures, in one process.
+    """
+
+    WARM_UP = 3  # steps of a shape that run as they are, while cuDNN looks for the fastest kernels
+
+    def __init__(self, state: TrainState, context: Context) -> None:
+        self.state, self.context = state, context
+        machine = context.machine
+        self.records = machine.device.type == "cuda" and machine.group.size == 1
+        self.restart()
+
+    def restart(self) -> None:
+        """The network computes something else from now on."""
+        self.forward = wrap_model(self.state.model, self.context)
+        self.graphs = dict[Any, tuple[Any, list[Tensor]]]()
+        self.times: dict[Any, int] = defaultdict(int)
+        self.pool = torch.cuda.graph_pool_handle() if self.records else None
+
+    def take(self, x: Tensor, y: Tensor, known: Tensor | float, rate: float,
+             weight: float = 1.0) -> None:
+        """A step, and what came out of it added to the sums of the epoch."""
+        self.state.optimizer.set_rate(rate)
+        self.times[x.shape] += 1
+        if not self.records or x.ndim < 4 or self.times[x.shape] <= self.WARM_UP:
+            self.run(x, y, known, weight)
+        elif x.shape in self.graphs or self.record(x, y):
+            graph, inputs = self.graphs[x.shape]
+            for own, new in zip(inputs, (x, y), strict=True):
+                own.copy_(new)
+            graph.replay()
+        else:
+            self.run(x, y, known, weight)
+
+    def run(self, x: Tensor, y: Tensor, known: Tensor | float = 0.0, weight: float = 1.0) -> None:
+        """A step, kernel by kernel."""
+        self.state.sums += train_step(self.state, self.forward, x, y, known, weight,
+                                      self.context.config, self.context.machine)
+
+    def record(self, x: Tensor, y: Tensor) -> bool:
+        """Note what a step launches, without taking it; whether that went well."""
+        graph, inputs = torch.cuda.CUDAGraph(), [x.clone(), y.clone()]
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.run(inputs[0], inputs[1])
+        except (RuntimeError, Failure) as problem:
+            self.records = False
+            self.graphs.clear()
+            fresh = torch.amp.GradScaler("cuda", enabled=self.state.scaler.is_enabled())
+            fresh.load_state_dict(self.state.scaler.state_dict())  # it was left halfway
+            self.state.scaler = fresh
+            self.context.checkpointer.say(
+                f"NOTE  training steps cannot be recorded here ({str(problem).splitlines()[0]}); "
+                "going on without, which is slower")
+            return False
+        self.graphs[x.shape] = graph, inputs
+        return True
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """To the device; to a GPU without waiting until that has done what it was asked for before."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for: only then does a clock mean much."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm[Any]) -> None:
     """One pass over the training rows, or the rest of one; each process learns from its shard."""
     config, data, machine = context.config, context.data, context.machine
     planner = Planner(context)
@@ -1203,33 +1302,47 @@ def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context:
         planner.update(state)
     rows, targets, beside, rest = data.epoch_targets(state, config)
     targets = targets.to(machine.device)
+    data.class_weight = data.class_weight.to(machine.device)
     beside = None if beside is None else WIDE_SHARE * beside.to(machine.device)
     state.order.set_state(state.epoch_start)  # a resumed epoch plans the same batches again
     # Each process plans all batches, in the same order, and computes its shard of each.
-    batches = data.samples.plan(rows, config.batch_size, state.order)
+    batches = data.samples.plan(rows, config.batch_size, state.order)[state.step:]
+    at_once = data.samples.made_at_once // config.batch_size if machine.group.size == 1 else 1
+
+    def make(some: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+        where = torch.cat(some)
+        shard = machine.group.shard(len(where))
+        x = data.samples.batch(rows[where], state.noise, state.epoch, shard)
+        mine = send(where[shard], machine.device)
+        sizes = [len(x)] if len(some) == 1 else [len(one) for one in some]
+        known = [0.0] * len(some) if beside is None else beside[mine].split(sizes)
+        return zip(x.split(sizes), data.shares(targets[mine]).split(sizes), known, strict=True)
+
+    ready: Iterator[tuple[Tensor, Tensor, Tensor | float]] = iter(())
     shown, mark = 0.0, time.perf_counter()
+    torch.backends.cudnn.benchmark = True  # sizes of batches hardly vary: to try all kernels pays
     state.model.train()
-    for where in batches[state.step:]:
+    for i, where in enumerate(batches):
         if state.steps < state.total():
             planner.update(state)
         bar.n, bar.total = state.steps, state.total()
         if state.steps >= bar.total - rest:
             break
         if isinstance(state.model, FastNet) and state.model.settle(state.done):
-            forward = wrap_model(state.model, context)
-        shard = machine.group.shard(len(where))
+            stepper.restart()
         started = time.perf_counter()
-        x = data.samples.batch(rows[where], state.noise, state.epoch, shard)
-        mine = where[shard].to(machine.device)
-        y, known = data.shares(targets[mine]), 0.0 if beside is None else beside[mine]
+        if i % max(1, at_once) == 0:
+            ready = make(batches[i:i + max(1, at_once)])
+        x, y, known = next(ready)
         state.seconds_data += time.perf_counter() - started
         rate = learning_rate(config, state.done, state.plateau)
         # DistributedDataParallel averages over processes, whose shards may differ by a sample.
-        weight = len(x) * machine.group.size / len(where)
-        state.sums += train_step(state, forward, x, y, known, rate, weight, config, machine)
+        stepper.take(x, y, known, rate, len(x) * machine.group.size / len(where))
         state.step += 1
         state.seen += len(where)
         state.samples += len(where)
+        if planner.due(state) or i + 1 == len(batches):
+            synchronize(machine.device)
         state.seconds += time.perf_counter() - mark
         mark = time.perf_counter()
         bar.update()
@@ -1241,14 +1354,11 @@ def train_epoch(state: TrainState, forward: Callable[[Tensor], Tensor], context:
 
 
 def train_step(state: TrainState, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
-               known: Tensor | float, rate: float, weight: float, config: Config, machine: Machine
-               ) -> Tensor:
+               known: Tensor | float, weight: float, config: Config, machine: Machine) -> Tensor:
     """One step of the optimizer. Returns the summed loss and how many were right [2].
 
     The network learns what is to be added to the logits that are known.
     """
-    for parameters in state.optimizer.param_groups:
-        parameters["lr"] = rate
     state.optimizer.zero_grad()
     try:
         with machine.autocast():
@@ -1266,9 +1376,9 @@ def train_step(state: TrainState, forward: Callable[[Tensor], Tensor], x: Tensor
             raise
         raise Failure(f"out of memory with {len(x)} samples a process and step; try a smaller "
                       f"--batch-size than {config.batch_size}") from problem
+    # Gradients of fp16 are scaled up; what is clipped must be their true length.
+    state.scaler.unscale_(state.optimizer)  # type: ignore[arg-type]
     if config.clip:
-        # Gradients of fp16 are scaled up; what is clipped must be their true length.
-        state.scaler.unscale_(state.optimizer)  # type: ignore[arg-type]
         nn.utils.clip_grad_norm_(state.model.parameters(), config.clip)
     with machine.autocast():  # for Muon's matrix products
         state.scaler.step(state.optimizer)  # type: ignore[arg-type]
@@ -1282,11 +1392,11 @@ def is_out_of_memory(problem: BaseException) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "out of memory" in str(problem).lower()
 
 
-def on_cpu(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's weights."""
+def copy_weights(model: nn.Module, device: str | None = None) -> dict[str, Tensor]:
+    """A copy of a model's weights, there or where they are."""
     weights = model.state_dict()  # not a plain dict: it knows its version
     for name, value in weights.items():
-        weights[name] = value.detach().cpu().clone()
+        weights[name] = value.detach().to(device or value.device, copy=True)
     return weights
 
 
@@ -1321,7 +1431,7 @@ def close_epoch(state: TrainState, context: Context, last: bool = False) -> None
     # From here on a checkpoint is one between two epochs.
     state.before = state.steps
     state.epoch_start, state.step, state.seen = state.order.get_state(), 0, 0
-    state.sums = torch.zeros_like(state.sums)
+    state.sums.zero_()
     state.epoch += 1
     state.seconds_validation += time.perf_counter() - started
     state.history.append({
@@ -1329,14 +1439,14 @@ def close_epoch(state: TrainState, context: Context, last: bool = False) -> None
         "seconds": round(state.seconds + state.seconds_validation, 3), "train_loss": loss,
         "train_accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy,
         "val_balanced_accuracy": balanced,
-        "learning_rate": state.optimizer.param_groups[0]["lr"]})
+        "learning_rate": float(state.optimizer.rate)})
     best, now, judge = state.best, state.history[-1], judged_by(context.config.class_weights)
     if not len(rows) and len(data.parts["val"]):
         return
     # Without a validation part nothing can be chosen: the last epoch counts.
     if not (best and len(rows)) or (now[judge], -val_loss) > (best[judge], -best["val_loss"]):
         state.best, state.best_logits = dict(state.history[-1]), logits
-        state.best_weights = on_cpu(state.model)
+        state.best_weights = copy_weights(state.model)
     elif state.epochs_since_best % 2 == 0:
         state.plateau *= 0.3
 
@@ -1353,18 +1463,20 @@ def predict_logits(model: nn.Module, samples: Samples, rows: Tensor, machine: Ma
     """
     model.eval()
     group = machine.group
+    torch.backends.cudnn.benchmark = False  # to try all kernels for each new size would not pay
     if not len(rows):
         return torch.empty(0)
 
     def run(x: Tensor) -> Tensor:
         with machine.autocast():
-            return model(x).float().cpu()
+            return model(x).float()
 
     def collect(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         classes = group.broadcast(parts[0][1].shape[1] if parts else 0)  # the leader has some
         found = torch.zeros(len(rows), classes)
-        for where, logits in parts:
-            found[where] = logits
+        if parts:  # a GPU is waited for once
+            found[torch.cat([where for where, _ in parts])] = torch.cat(
+                [logits for _, logits in parts]).cpu()
         return group.sum(found)
 
     # Whole batches are dealt out, so that each is padded as it would be in one process.
@@ -1377,9 +1489,12 @@ def predict_logits(model: nn.Module, samples: Samples, rows: Tensor, machine: Ma
         first, second = logits.topk(2).values.T
         unsure = (first - second < samples.tta_margin).nonzero().flatten()
         if len(unsure):
-            averaged = [(where, torch.stack([logits[where], *map(run, samples.views(
-                samples.batch(rows[where])))]).mean(0))
-                for where in unsure.split(samples.at_once)[mine]]
+            averaged = []
+            for where in unsure.split(max(1, samples.at_once // 6))[mine]:
+                copies = samples.views(samples.batch(rows[where]))
+                found = run(torch.cat(copies)).unflatten(0, (len(copies), -1))
+                own = send(logits[where], found.device)
+                averaged.append((where, torch.cat((own[None], found)).mean(0)))
             logits[unsure] = collect(averaged)[unsure]
     return logits
 
@@ -1409,11 +1524,24 @@ class Optimizer:
     Making one of torch.optim's imports torch._dynamo: two seconds of every start.
     """
 
+    # GradScaler gives a step the sign that some gradient is infinite, instead of waiting for it.
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
     def __init__(self, groups: list[dict[str, Any]], lr: float, names: Sequence[str]) -> None:
-        self.lr = lr  # the highest; each group has that of the next step
-        self.param_groups = [{**group, "lr": lr} for group in groups]
+        self.lr, self.param_groups = lr, groups  # the highest rate
         self.state = {name: [torch.zeros_like(p) for group in groups for p in group["params"]]
                       for name in names}
+        self.rate: Tensor | float = lr
+        if gpus := {p.device for group in groups for p in group["params"] if p.is_cuda}:
+            self.rate = torch.full((), lr, device=gpus.pop())
+
+    def set_rate(self, rate: float) -> None:
+        """The rate of the next step: on a GPU a number in its memory, for recorded steps."""
+        if isinstance(self.rate, Tensor):
+            self.rate.fill_(rate)
+        else:
+            self.rate = rate
 
     @property
     def learning(self) -> Iterator[tuple[int, nn.Parameter, Tensor, dict[str, Any]]]:
@@ -1454,8 +1582,9 @@ class AdamW(Optimizer):
             adamw(
                 [p for _, p, _ in some], [gradient for *_, gradient in some], mean, square, [],
                 steps, fused=all(p.device.type in ("cpu", "cuda") for _, p, _ in some),
-                amsgrad=False, beta1=0.9, beta2=0.999, lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=1e-8, maximize=False)
+                amsgrad=False, beta1=0.9, beta2=0.999, lr=self.rate,
+                weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
+                found_inf=self.found_inf)
 
 
 class Muon(Optimizer):
@@ -1476,28 +1605,50 @@ class Muon(Optimizer):
     def step(self) -> None:
         """One step, to be taken under autocast: matrix products may be in low precision."""
         decay = 0.85  # 0.6 cost a point (validation, one run)
-        for i, p, gradient, group in self.learning:
-            momentum = self.state["momentum"][i].mul_(decay).add_(gradient)
-            step = gradient.add(momentum, alpha=decay)
+        rate = self.rate
+        for group in self.param_groups:
+            some = [(p, gradient, self.state["momentum"][i])
+                    for i, p, gradient, of in self.learning if of is group]
+            if not some:
+                continue
+            weights, gradients, momenta = (list(each) for each in zip(*some, strict=True))
+            if self.found_inf is not None:  # then nothing is to change
+                finite = self.found_inf == 0
+                rate = self.rate * finite
+                gradients = [gradient.where(finite, 0) for gradient in gradients]
+            torch._foreach_mul_(momenta, decay)
+            torch._foreach_add_(momenta, gradients)
+            steps = [*torch._foreach_add(gradients, momenta, alpha=decay)]
             # The length is restored each step: a longer weight behind a norm changes nothing but
             # that its next steps turn it less.
             if group["orthogonal"]:
-                step = orthogonalize(step.flatten(1)).view_as(p)
-                p.mul_(len(p) ** 0.5 / p.norm())
-            p.add_(step, alpha=-group["lr"] * group["scale"])
+                alike: dict[Any, list[int]] = defaultdict(list)
+                for k, step in enumerate(steps):  # a CPU is slower with several at once
+                    alike[step.shape if step.is_cuda else k].append(k)
+                for places in alike.values():
+                    flat = [steps[k].flatten(1) for k in places]
+                    turned = (orthogonalize(torch.stack(flat)) if len(flat) > 1
+                              else [orthogonalize(flat[0])])
+                    for k, step in zip(places, turned, strict=True):
+                        steps[k] = step.view_as(weights[k])
+                lengths = torch._foreach_norm(weights)
+                torch._foreach_div_(lengths, [len(p) ** 0.5 for p in weights])
+                torch._foreach_div_(weights, lengths)
+            torch._foreach_mul_(steps, -rate * group["scale"])
+            torch._foreach_add_(weights, steps)
 
 
-def orthogonalize(x: Tensor) -> Tensor:  # [n, m] -> the same
+def orthogonalize(x: Tensor) -> Tensor:  # [..., n, m] -> the same
     """Near the closest orthogonal matrix: a polynomial pulls all singular values towards 1."""
-    tall = len(x) > x.shape[1]
-    wide = x.T if tall else x
+    tall = x.shape[-2] > x.shape[-1]
+    wide = x.mT if tall else x
     # Newton-Schulz: no singular value may exceed 1 at the start.
-    wide = wide / (wide.norm() + 1e-7)
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     # On two cores these three rounds take 0.04 of a step's 1.1 seconds.
     for _ in range(3):
-        square = wide @ wide.T
+        square = wide @ wide.mT
         wide = 3.4445 * wide + (2.0315 * square @ square - 4.7750 * square) @ wide
-    return (wide.T if tall else wide).float()
+    return (wide.mT if tall else wide).float()
 
 
 def new_train_state(model: nn.Module, config: Config, machine: Machine) -> TrainState:
@@ -1620,7 +1771,7 @@ class Checkpointer:
         # A signal may reach any of the processes; all have to stop at the same step.
         stop, due = group.any(self.interrupt.requested, due)
         # Elsewhere than on a CPU, looking at the loss means waiting for the device.
-        if stop or due or state.noise.device.type == "cpu":
+        if stop or due or state.sums.device.type == "cpu":
             broken, = group.any(not state.sums[0].isfinite())
             if broken:
                 raise Diverged(state.epoch + 1, state.optimizer.lr)
@@ -1656,7 +1807,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
     """What the model says of each class; double precision, so that dividing keeps the order."""
-    return (logits.double() / temperature).softmax(1)
+    return (logits.double() / temperature).softmax(-1)
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:
@@ -2359,9 +2510,7 @@ def integrated_gradients(model: nn.Module, x: Tensor, label: Tensor, steps: int 
         return points[-1]
 
     total: list[Tensor] = []
-    # cuDNN has no gradient of an LSTM that is not training.
-    with (torch.enable_grad(), forward_hooks(model, scale),
-          torch.backends.cudnn.flags(enabled=False)):
+    with torch.enable_grad(), forward_hooks(model, scale):
         for step in range(steps):
             # The middle of each interval: so few steps sum to the logit's difference more nearly.
             share = (step + 0.5) / steps
@@ -2430,9 +2579,9 @@ def deletion_curve(model: nn.Module, x: Tensor, label: Tensor, strength: Tensor,
     for share in DELETED_SHARES:
         gone = real & (rank < (size * share).round())
         rest = x.masked_fill(gone, UNKNOWN) if text else x * ~gone[:, None]
-        probs = probabilities(model(rest).cpu(), temperature)
-        curve.append(probs.gather(1, label[:, None].cpu())[:, 0])
-    return torch.stack(curve, 1)
+        curve.append(model(rest))
+    probs = probabilities(torch.stack(curve, 1).cpu(), temperature)  # [B, shares, classes]
+    return probs[torch.arange(len(x)), :, label.cpu()]
 
 
 def deletion_curves(model: nn.Module, untrained: nn.Module, samples: Samples,
@@ -2692,6 +2841,7 @@ class SampleData:
     tested, test_cost = {"full": 100, "short": 20}, 80
     tta_margin = 0.0  # where the best logit leads by less, views are averaged
     at_once = 128  # so many are predicted at a time
+    made_at_once = 0  # so many are made for training at a time, if that is more than a batch
     # pack(x): samples as they come, as one array. arrays(): all that a network can see of them.
     # fit_preprocessing(packed, rows, config): what the training rows teach.
     # plan(rows, size, order): positions in `rows`, batch by batch.
@@ -2739,7 +2889,8 @@ class ImageData(SampleData):
         self.mean = torch.tensor(meta["mean"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.std = torch.tensor(meta["std"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.augment: dict[str, Any] = meta["augment"]
-        self.at_once = max(1, min(128, 2**23 // meta["side"] ** 2))  # for the memory's sake
+        self.area = meta["side"] ** 2
+        self.at_once = max(1, min(128, 2**23 // self.area))  # for the memory's sake
         self.tta_margin = float(meta["views"])
 
     @staticmethod
@@ -2787,6 +2938,9 @@ class ImageData(SampleData):
     def to(self, device: torch.device) -> ImageData:
         """Move all to the device, but pictures only where they leave half of its memory free."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
+        if device.type == "cuda":  # it waits for each launch: let there be few
+            self.at_once = max(1, min(2048, 2**25 // self.area))
+            self.made_at_once = 2**26 // self.pixels[:1].numel() if len(self.pixels) else 0
         fits = device.type != "cuda" or self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 2
         if fits:
             self.pixels = self.pixels.to(device)
@@ -2801,15 +2955,15 @@ class ImageData(SampleData):
     def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0,
               shard: slice = slice(None)) -> Tensor:
         """Normalised pictures [B, C, H, W] of a shard of these rows; with noise they are varied."""
-        whole, rows = len(rows), rows[shard].to(self.pixels.device)
-        x = self.pixels[rows].to(self.mean.device).float().sub_(self.mean).div_(self.std)
+        whole, rows = len(rows), send(rows[shard], self.pixels.device)
+        x = send(self.pixels[rows], self.mean.device).float().sub_(self.mean).div_(self.std)
         # A blank square lost 0.9 points; brightness and contrast gained 0.5, which is within the
         # noise (validation, one run each).
         if noise is not None and self.augment:
             options = dict(self.augment)
             # Half of the pictures are mirrored in even epochs, the others in odd ones, so that two
             # epochs show each both ways: 0.1 points, which is within the spread of seeds.
-            side = (rows.to(x.device) * 2654435761 // 65536 + epoch) % 2
+            side = (send(rows, x.device) * 2654435761 // 65536 + epoch) % 2
             mirrored = side * options.pop("flip", 0)
             x = augment_batch(x, noise, mirrored, **options, shard=shard, whole=whole)
         return x.contiguous(memory_format=fast_layout(x.device))
@@ -3145,6 +3299,7 @@ class TextData(SampleData):
         self.start, self.length = tokens.start[:-1], tokens.start.diff()
         self.longest = longest_text(meta)
         self.kept = self.length.clamp(max=self.longest)
+        self.places = [self.start, self.length, self.kept]  # the same beside `flat`
         self.head = self.longest // 2  # a longer text keeps so much of its beginning
 
     pack = staticmethod(tokenize)
@@ -3163,8 +3318,9 @@ class TextData(SampleData):
         return [self.tokens.flat.numpy(), self.tokens.start.numpy(), np.frombuffer(words, np.uint8)]
 
     def to(self, device: torch.device) -> TextData:
-        """Move the token array; lengths stay, since batches are planned on the CPU."""
-        self.flat = self.flat.to(device)
+        """Move the token array; lengths stay as well, since batches are planned on the CPU."""
+        self.flat, *self.places = (t.to(device) for t in (self.flat, *self.places))
+        self.at_once = 1024 if device.type == "cuda" else self.at_once
         return self
 
     def plan(self, rows: Tensor, size: int, order: torch.Generator | None = None) -> list[Tensor]:
@@ -3180,18 +3336,18 @@ class TextData(SampleData):
 
     def flat_indices(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Which element of `flat` stands at each place, and whether one does [B, T]."""
-        kept = self.kept[rows].unsqueeze(1)
-        longest = int(kept.max())
+        longest = int(self.kept[rows].max())
         step = 1 + longest // 64  # oneDNN keeps a kernel a length: let there be few lengths
-        place = torch.arange(math.ceil(longest / step) * step).unsqueeze(0)
-        skipped = (place >= self.head) * (self.length - self.kept)[rows].unsqueeze(1)
-        element = self.start[rows].unsqueeze(1) + place + skipped
+        rows = send(rows, self.flat.device)
+        start, length, kept = (t[rows].unsqueeze(1) for t in self.places)
+        place = torch.arange(math.ceil(longest / step) * step, device=rows.device).unsqueeze(0)
+        element = start + place + (place >= self.head) * (length - kept)
         return element.clamp(max=len(self.flat) - 1), place < kept
 
     def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0,
               shard: slice = slice(None)) -> Tensor:
         """Token numbers [B, T] of a shard of these rows, PAD behind each text."""
-        element, real = (t.to(self.flat.device) for t in self.flat_indices(rows[shard]))
+        element, real = self.flat_indices(rows[shard])
         return self.flat[element].masked_fill(~real, PAD)
 
     def words(self, row: int) -> list[str]:
@@ -5049,9 +5205,8 @@ def start_machine(config: Config, group: DistributedContext = DistributedContext
         raise UsageError(f"--device {name}: {why}")
     if name == "cuda":
         torch.cuda.set_device(group.local_rank)
-        # Sizes of batches hardly vary, so trying all algorithms once pays; float32 products may use
-        # TF32.
-        torch.backends.cudnn.benchmark = True
+        warnings.filterwarnings("ignore", "RNN module weights")  # they are put together each time
+        # Products of float32 may use TF32.
         torch.set_float32_matmul_precision("high")
         torch.cuda.reset_peak_memory_stats()
     if name == "cpu" and sys.platform == "linux":
@@ -5235,13 +5390,17 @@ def measure_speed(data: Dataset, config: Config, machine: Machine,
     order = torch.randperm(len(data.parts["train"]), generator=state.order)
     rows = data.parts["train"][order]
 
+    alone, figure = replace(machine, group=DistributedContext()), SpeedEstimate.figure
+    stepper = Stepper(state, Context(config, data, alone, Checkpointer()))
+
     def train(some: Tensor) -> int:
         model.train()
         batches = data.samples.plan(some, config.batch_size, state.order)
         for where in batches:
             x = data.samples.batch(some[where], state.noise)
             y = data.shares(data.labels[some[where]].to(machine.device))
-            train_step(state, model, x, y, 0.0, config.lr, 1.0, config, machine)
+            stepper.take(x, y, 0.0, config.lr)
+        synchronize(machine.device)
         return len(batches)
 
     def predict(some: Tensor) -> int:
@@ -5254,8 +5413,8 @@ def measure_speed(data: Dataset, config: Config, machine: Machine,
             times += job(then)
         return (time.perf_counter() - started) / times
 
-    alone, figure = replace(machine, group=DistributedContext()), SpeedEstimate.figure
-    step = seconds(train, config.batch_size, rows[-2 * config.batch_size:])
+    warm_up = 1 + Stepper.WARM_UP * (machine.device.type == "cuda")
+    step = seconds(train, warm_up * config.batch_size, rows[-2 * config.batch_size:])
     if isinstance(model, TextNet) and data.meta["wide"] is not None:  # all but validation has it
         wide = Wide(len(model.embedding.weight), 2**18, 0, len(data.meta["classes"]))
         model.join(wide.to(machine.device), torch.ones(2, device=machine.device))
@@ -6983,7 +7142,7 @@ def evaluate_run(run: Run, held_out: HeldOut | None) -> tuple[Evaluation, HeldOu
     data.meta["reference"] = quantiles_of({**data.samples.statistics(test), "confidence": sure})
     data.meta["fingerprint"] = data.fingerprint
     size = save_file(run.folder / "model.pt", {"format": MODEL_FORMAT, "meta": data.meta,
-                                               "weights": on_cpu(state.model)})
+                                               "weights": copy_weights(state.model, "cpu")})
     commonest = int(data.labels[rows].bincount().argmax())
     m |= {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]), "temperature": temperature,
           "train_accuracy": seen["test_accuracy"], "train_loss": seen["test_loss"],

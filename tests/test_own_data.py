@@ -199,7 +199,7 @@ def test_rare_classes_can_count_as_much_as_others(shapes):
         torch.nn.init.zeros_(state.model.head.weight)  # no class is preferred
         rare = (labels == 3).nonzero().flatten()
         loss, _ = dld.train_step(state, state.model, data.samples.batch(rows[rare]), truth[rare],
-                                 0.0, 0.1, 1.0, config, machine)
+                                 0.0, 1.0, config, machine)
         weight = len(rows) / 10 / len(rare) if how == "balanced" else 1
         assert float(loss) == pytest.approx(weight * len(rare) * math.log(10), rel=1e-4), (
             "smoothing takes nothing of it")

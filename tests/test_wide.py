@@ -54,7 +54,7 @@ def test_beside_a_wide_part_that_knows_no_answers_the_network_learns_the_rest(re
     assert (sure.argmax(1) == y).double().mean() > 0.8
     assert (data.beside.argmax(1) == y).double().mean() < 0.6
     x, truth = data.samples.batch(rows[:32]), data.shares(y[:32])
-    losses = [float(dld.train_step(state, state.model, x, truth, known, 0.0, 1.0, config,
+    losses = [float(dld.train_step(state, state.model, x, truth, known, 1.0, config,
                                    machine)[0]) for known in (0.0, 20 * truth)]
     assert losses[0] > 15 and losses[1] < 0.01, "what is known already need not be learnt"
 

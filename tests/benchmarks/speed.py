@@ -69,11 +69,12 @@ def main():
                        for _ in range(20))[10]
         one = dataclasses.replace(data, parts={"train": rows})
         context, step = dld.Context(config, one, machine, dld.Checkpointer()), []
+        stepper = dld.Stepper(state, context)
         for _ in range(7):
             with dld.progress_bar(0, "", hidden=True) as bar:
                 state.step = state.seen = 0
                 step.append(seconds(machine, lambda: dld.train_epoch(
-                    state, state.model, context, bar)))  # noqa: B023
+                    state, stepper, context, bar)))  # noqa: B023
         rate = len(rows) / sorted(step[1:])[3]
         print(f"| {task}, {model} {config.width if settings else ''} | {len(rows)} "
               f"| {len(rows) / batch:,.0f} | {rate:,.0f} | {flop / 1e6:,.0f} "
