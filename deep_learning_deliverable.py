@@ -28,18 +28,18 @@ Contents, with the line where each section begins:
      1  Head ........................... 59
      2  Config ........................ 196
      3  Models ........................ 455
-     4  Training ..................... 1019
-     5  Evaluation ................... 1793
-     6  Explanations ................. 2398
-     7  Data ......................... 2629
-     8  Tasks ........................ 4581
-     9  Machine ...................... 4849
-    10  Figures ...................... 5586
-    11  Report ....................... 5906
-    12  Runs ......................... 6487
-    13  Using a model ................ 7397
-    14  Search and notebook .......... 8140
-    15  Command line ................. 8626
+     4  Training ..................... 1022
+     5  Evaluation ................... 1812
+     6  Explanations ................. 2417
+     7  Data ......................... 2648
+     8  Tasks ........................ 4606
+     9  Machine ...................... 4874
+    10  Figures ...................... 5613
+    11  Report ....................... 5933
+    12  Runs ......................... 6514
+    13  Using a model ................ 7424
+    14  Search and notebook .......... 8167
+    15  Command line ................. 8653
 """
 
 # /// script
@@ -855,16 +855,19 @@ class BiLSTM(nn.Module):
             first = torch.arange(len(h), device=h.device).unsqueeze(1) * h.shape[1]
             return ReverseTexts.apply(h, (first + mirrored).flatten())
 
-        full_precision = (h.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-                          and not cpu_lstm_runs_in(torch.get_autocast_dtype("cpu")))
-        with (torch.autocast("cpu", enabled=False) if full_precision
+        # On a GPU PyTorch would take float16 instead of bfloat16, and nothing scales its gradients.
+        kind = h.device.type
+        full_precision = torch.is_autocast_enabled(kind) and (
+            torch.get_autocast_dtype(kind) == torch.bfloat16 if kind == "cuda"
+            else not cpu_lstm_runs_in(torch.get_autocast_dtype(kind)))
+        with (torch.autocast(kind, enabled=False) if full_precision
               else contextlib.nullcontext()):
             h = h.float() if full_precision else h
             ahead: Any
             back: Any
             for layer, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
                 h = self.drop(h) if layer else h
-                if h.device.type == "cuda":  # where time goes by words one after another
+                if kind == "cuda":  # where time goes by words one after another
                     start = h.new_zeros(1, len(h), 2 * ahead.hidden_size)
                     # cuDNN has a gradient only of what ran for training.
                     found = torch.lstm(torch.cat((h, reverse(h)), -1), (start, start),
@@ -1246,39 +1249,57 @@ class Stepper:
         """A step, and what came out of it added to the sums of the epoch."""
         self.state.optimizer.set_rate(rate)
         self.times[x.shape] += 1
-        if not self.records or x.ndim < 4 or self.times[x.shape] <= self.WARM_UP:
-            self.run(x, y, known, weight)
-        elif x.shape in self.graphs or self.record(x, y):
+        if (self.records and x.ndim == 4 and self.times[x.shape] > self.WARM_UP
+                and (x.shape in self.graphs or self.record(x, y))):
             graph, inputs = self.graphs[x.shape]
             for own, new in zip(inputs, (x, y), strict=True):
                 own.copy_(new)
             graph.replay()
-        else:
+            return
+        try:
+            self.run(x, y, known, weight)
+        except Failure as problem:  # what is recorded holds memory, which may be too little then
+            if not self.graphs:
+                raise
+            self.stop_recording(problem)
             self.run(x, y, known, weight)
 
     def run(self, x: Tensor, y: Tensor, known: Tensor | float = 0.0, weight: float = 1.0) -> None:
         """A step, kernel by kernel."""
+        torch.backends.cudnn.benchmark = True  # sizes hardly vary: to try all kernels pays
         self.state.sums += train_step(self.state, self.forward, x, y, known, weight,
                                       self.context.config, self.context.machine)
 
     def record(self, x: Tensor, y: Tensor) -> bool:
         """Note what a step launches, without taking it; whether that went well."""
         graph, inputs = torch.cuda.CUDAGraph(), [x.clone(), y.clone()]
-        try:
-            with torch.cuda.graph(graph, pool=self.pool):
+        try:  # a recording that fails may leave its stream behind
+            with (torch.cuda.stream(torch.cuda.current_stream()),
+                  torch.cuda.graph(graph, pool=self.pool)):
                 self.run(inputs[0], inputs[1])
         except (RuntimeError, Failure) as problem:
-            self.records = False
-            self.graphs.clear()
-            fresh = torch.amp.GradScaler("cuda", enabled=self.state.scaler.is_enabled())
-            fresh.load_state_dict(self.state.scaler.state_dict())  # it was left halfway
-            self.state.scaler = fresh
-            self.context.checkpointer.say(
-                f"NOTE  training steps cannot be recorded here ({str(problem).splitlines()[0]}); "
-                "going on without, which is slower")
+            self.stop_recording(problem)
+            # Before torch 2.13 a failed recording leaves the allocator and the generator of random
+            # numbers as if it went on: the first is told its end, the second by one that succeeds.
+            with contextlib.suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(x.get_device(), self.pool)  # type: ignore
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=x.device)
             return False
         self.graphs[x.shape] = graph, inputs
         return True
+
+    def stop_recording(self, problem: Exception) -> None:
+        """From now on without: what is recorded is given up, what was left halfway mended."""
+        self.records = False
+        self.graphs.clear()
+        self.state.optimizer.zero_grad()
+        fresh = torch.amp.GradScaler("cuda", enabled=self.state.scaler.is_enabled())
+        fresh.load_state_dict(self.state.scaler.state_dict())
+        self.state.scaler = fresh
+        self.context.checkpointer.say(
+            f"NOTE  training steps cannot be recorded here ({str(problem).splitlines()[0]}); "
+            "going on without, which is slower")
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
@@ -1320,7 +1341,6 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
 
     ready: Iterator[tuple[Tensor, Tensor, Tensor | float]] = iter(())
     shown, mark = 0.0, time.perf_counter()
-    torch.backends.cudnn.benchmark = True  # sizes of batches hardly vary: to try all kernels pays
     state.model.train()
     for i, where in enumerate(batches):
         if state.steps < state.total():
@@ -1341,7 +1361,7 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
         state.step += 1
         state.seen += len(where)
         state.samples += len(where)
-        if planner.due(state) or i + 1 == len(batches):
+        if planner.due(state):
             synchronize(machine.device)
         state.seconds += time.perf_counter() - mark
         mark = time.perf_counter()
@@ -1351,6 +1371,8 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
             loss, accuracy = (state.sums * (machine.group.size / state.seen)).tolist()
             bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}")
         context.checkpointer.after_step(state, machine.group)
+    synchronize(machine.device)
+    state.seconds += time.perf_counter() - mark
 
 
 def train_step(state: TrainState, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor,
@@ -1396,7 +1418,7 @@ def copy_weights(model: nn.Module, device: str | None = None) -> dict[str, Tenso
     """A copy of a model's weights, there or where they are."""
     weights = model.state_dict()  # not a plain dict: it knows its version
     for name, value in weights.items():
-        weights[name] = value.detach().to(device or value.device, copy=True)
+        weights[name] = value.detach().clone().to(device or value.device)
     return weights
 
 
@@ -1489,12 +1511,9 @@ def predict_logits(model: nn.Module, samples: Samples, rows: Tensor, machine: Ma
         first, second = logits.topk(2).values.T
         unsure = (first - second < samples.tta_margin).nonzero().flatten()
         if len(unsure):
-            averaged = []
-            for where in unsure.split(max(1, samples.at_once // 6))[mine]:
-                copies = samples.views(samples.batch(rows[where]))
-                found = run(torch.cat(copies)).unflatten(0, (len(copies), -1))
-                own = send(logits[where], found.device)
-                averaged.append((where, torch.cat((own[None], found)).mean(0)))
+            averaged = [(where, torch.stack([send(logits[where], machine.device), *map(
+                run, samples.views(samples.batch(rows[where])))]).mean(0))
+                for where in unsure.split(samples.at_once)[mine]]
             logits[unsure] = collect(averaged)[unsure]
     return logits
 
@@ -2821,8 +2840,11 @@ def augment_batch(x: Tensor, noise: torch.Generator, mirrored: Tensor, shift: fl
     if elastic:  # a random vector at each of 7x7 places, smoothly in between
         coarse = torch.randn(n, 2, 7, 7, generator=noise, device=device)[shard]
         coarse = coarse * (2 * elastic / width)
-        fine = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
-        grid += fine.permute(0, 2, 3, 1)  # [B, H, W, 2]
+        # As products: some versions of PyTorch interpolate on a hundredth of a GPU.
+        high, wide = (F.interpolate(torch.eye(7, device=device)[None, None], (7, side),
+                                    mode="bicubic", align_corners=False)[0, 0].T
+                      for side in (height, width))
+        grid += (high @ coarse @ wide.T).permute(0, 2, 3, 1)  # [B, H, W, 2]
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
@@ -2889,8 +2911,10 @@ class ImageData(SampleData):
         self.mean = torch.tensor(meta["mean"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.std = torch.tensor(meta["std"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.augment: dict[str, Any] = meta["augment"]
-        self.area = meta["side"] ** 2
-        self.at_once = max(1, min(128, 2**23 // self.area))  # for the memory's sake
+        area = meta["side"] ** 2
+        self.at_once = max(1, min(128, 2**23 // area))  # for the memory's sake
+        # A GPU waits for each launch, so let there be few; but networks from elsewhere are large.
+        self.most_at_once = min(2048, 2**21 // area) if meta.get("model") in IMAGE_MODELS else 0
         self.tta_margin = float(meta["views"])
 
     @staticmethod
@@ -2938,8 +2962,8 @@ class ImageData(SampleData):
     def to(self, device: torch.device) -> ImageData:
         """Move all to the device, but pictures only where they leave half of its memory free."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
-        if device.type == "cuda":  # it waits for each launch: let there be few
-            self.at_once = max(1, min(2048, 2**25 // self.area))
+        if device.type == "cuda":
+            self.at_once = max(self.at_once, self.most_at_once)
             self.made_at_once = 2**26 // self.pixels[:1].numel() if len(self.pixels) else 0
         fits = device.type != "cuda" or self.pixels.numel() < torch.cuda.mem_get_info(device)[0] / 2
         if fits:
@@ -3299,7 +3323,8 @@ class TextData(SampleData):
         self.start, self.length = tokens.start[:-1], tokens.start.diff()
         self.longest = longest_text(meta)
         self.kept = self.length.clamp(max=self.longest)
-        self.places = [self.start, self.length, self.kept]  # the same beside `flat`
+        # Beside `flat`: where a text begins, what its middle lacks, how long it is then.
+        self.places = [self.start, self.length - self.kept, self.kept]
         self.head = self.longest // 2  # a longer text keeps so much of its beginning
 
     pack = staticmethod(tokenize)
@@ -3339,9 +3364,9 @@ class TextData(SampleData):
         longest = int(self.kept[rows].max())
         step = 1 + longest // 64  # oneDNN keeps a kernel a length: let there be few lengths
         rows = send(rows, self.flat.device)
-        start, length, kept = (t[rows].unsqueeze(1) for t in self.places)
+        start, skipped, kept = (t[rows].unsqueeze(1) for t in self.places)
         place = torch.arange(math.ceil(longest / step) * step, device=rows.device).unsqueeze(0)
-        element = start + place + (place >= self.head) * (length - kept)
+        element = start + place + (place >= self.head) * skipped
         return element.clamp(max=len(self.flat) - 1), place < kept
 
     def batch(self, rows: Tensor, noise: torch.Generator | None = None, epoch: int = 0,
@@ -5392,6 +5417,7 @@ def measure_speed(data: Dataset, config: Config, machine: Machine,
 
     alone, figure = replace(machine, group=DistributedContext()), SpeedEstimate.figure
     stepper = Stepper(state, Context(config, data, alone, Checkpointer()))
+    stepper.records &= machine.group.size == 1
 
     def train(some: Tensor) -> int:
         model.train()
@@ -5406,22 +5432,23 @@ def measure_speed(data: Dataset, config: Config, machine: Machine,
     def predict(some: Tensor) -> int:
         return len(predict_logits(model, data.samples, some, alone, views=False))
 
-    def seconds(job: Callable[[Tensor], int], first: int, then: Tensor) -> float:
-        job(rows[:first])  # the first time is never like the others
+    def seconds(job: Callable[[Tensor], int], first: Tensor, then: Tensor) -> float:
+        job(first)  # the first time is never like the others
         started, times = time.perf_counter(), 0
         while not times or time.perf_counter() - started < 0.3:  # a short time is mostly noise
             times += job(then)
         return (time.perf_counter() - started) / times
 
-    warm_up = 1 + Stepper.WARM_UP * (machine.device.type == "cuda")
-    step = seconds(train, warm_up * config.batch_size, rows[-2 * config.batch_size:])
+    on_gpu = machine.device.type == "cuda"
+    warm_up = rows[:(1 + Stepper.WARM_UP * on_gpu) * config.batch_size]
+    step = seconds(train, warm_up, rows[-2 * config.batch_size:])
     if isinstance(model, TextNet) and data.meta["wide"] is not None:  # all but validation has it
         wide = Wide(len(model.embedding.weight), 2**18, 0, len(data.meta["classes"]))
         model.join(wide.to(machine.device), torch.ones(2, device=machine.device))
     # Few texts by chance would be padded much more than many in order of their length.
     plan = data.samples.plan(rows, data.samples.at_once)
     typical = torch.cat([plan[len(plan) * sixths // 6] for sixths in (1, 3, 5)])
-    prediction = seconds(predict, 128, rows[typical])
+    prediction = seconds(predict, rows[typical] if on_gpu else rows[:128], rows[typical])
     if draw:
         importlib.import_module("seaborn")  # the figures need it anyway
         with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("cuda:0")
@@ -36,14 +37,17 @@ REAL_LSTM, REAL_GENERATOR = torch._VF.lstm, torch.Generator
 class Gpu:
     """What has happened on it."""
 
-    real = False
-
     def __init__(self):
         self.launches, self.waits, self.calls = 0, Counter(), Counter()
         self.recording = None  # of a graph: [(operation, its arguments, what came out)]
         self.generators = {}  # its own
         self.halves = []  # what autocast rounds to, by depth
         self.undo = []  # recording only notes: what was changed meanwhile is changed back
+
+    @property
+    def half(self):
+        """What autocast rounds to now, if anything."""
+        return self.halves[-1] if self.halves else None
 
     def wait(self, kind):
         """The program waits here until the device has done all it was asked for."""
@@ -83,7 +87,7 @@ class Cuda(torch.Tensor):
         return torch.Tensor.norm(self.whole(), *options, **more)
 
     def whole(self):
-        return self.float() if GPU.halves and self.dtype in HALVES else self
+        return self.float() if GPU.half and self.dtype in HALVES else self
 
     def tolist(self):
         return self.cpu().tolist()
@@ -262,7 +266,8 @@ class Recurrent(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, *tensors):
-        half = GPU.halves[-1] if GPU.halves else tensors[0].dtype
+        # Whatever autocast says, cuDNN's recurrent networks get float16.
+        half = torch.float16 if GPU.half else tensors[0].dtype
         inner = [x.inner.detach().to(half).float().requires_grad_() for x in tensors]
         with torch.enable_grad():
             found = REAL_LSTM(inner[0], inner[1:3], inner[3:], *options)
@@ -329,14 +334,15 @@ PRETENDED = {
     "get_rng_state": lambda *one: torch.get_rng_state(), "manual_seed_all": lambda seed: None,
     "set_rng_state": lambda state, *one: None, "_is_in_bad_fork": lambda: False,
     "is_current_stream_capturing": lambda: GPU.recording is not None, "CUDAGraph": Graph,
-    "graph": record, "graph_pool_handle": lambda: (0, 1)}
+    "graph": record, "graph_pool_handle": lambda: (0, 1),
+    "current_stream": lambda *one: Stream(), "stream": lambda one: contextlib.nullcontext()}
 
 
 def under_autocast(function, lower):
     """The function, its floats brought to half or to full precision while autocast is on."""
     def rounded(*args, **kwargs):
-        if GPU.halves and any(map(on_gpu, args)):
-            to = GPU.halves[-1] if lower else torch.float32
+        if GPU.half and any(map(on_gpu, args)):
+            to = GPU.half if lower else torch.float32
             args = [x.to(to) if on_gpu(x) and x.is_floating_point() else x for x in args]
         return function(*args, **kwargs)
     return rounded
@@ -346,12 +352,12 @@ class Autocast(torch.autocast):
     """PyTorch's own takes no notice of such tensors."""
 
     def __enter__(self):
-        if self.device == "cuda" and self._enabled:
-            GPU.halves.append(self.fast_dtype)
+        if self.device == "cuda":
+            GPU.halves.append(self.fast_dtype if self._enabled else None)
         return super().__enter__()
 
     def __exit__(self, *problem):
-        if self.device == "cuda" and self._enabled:
+        if self.device == "cuda":
             GPU.halves.pop()
         return super().__exit__(*problem)
 
@@ -375,9 +381,11 @@ def pretend_gpu():
         patch.setattr(torch.accelerator, "current_stream", lambda *one: Stream())
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "autocast", Autocast)
+        patch.setattr(clip_grad, "_has_foreach_support", lambda *some: True)
         for place, name in LOWERED + RAISED:
             patch.setattr(place, name, under_autocast(getattr(place, name),
                                                       (place, name) in LOWERED))
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *one: None, raising=False)
         patch.setattr(torch, "lstm", lstm)
         patch.setattr(torch._VF, "lstm", lstm, raising=False)
         # A tensor on the CPU cannot become one on the GPU in place.

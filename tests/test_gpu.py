@@ -71,7 +71,7 @@ def test_a_run_predicts_on_the_cpu_what_it_predicted_on_the_gpu(task, runs):
     there = pd.read_csv(folder / "predictions.csv")
     assert [*there["row"]] == rows.tolist()
     difference = np.abs(probs.numpy() - there.filter(like="p_").to_numpy()).max()
-    assert difference < (1e-5 if FLAGS[task][-1] == "fp32" else 0.05)
+    assert difference < (1e-5 if FLAGS[task][-1] == "fp32" and not REAL else 0.05)
 
 
 def test_a_model_from_the_gpu_is_used_there(runs, tmp_path):
@@ -164,7 +164,7 @@ def test_the_gpu_learns_what_the_cpu_learns(task):
     still = {"word_dropout": 0.0, "max_tokens": 40} if task == "sentiment" else {"augment": False}
     one, two = (fit(task, device=device, batch_size=50, epochs=2, dropout=0.0, **still)
                 for device in ("cuda", "cpu"))  # without chance, which differs
-    assert losses(one) == pytest.approx(losses(two), rel=2e-3)
+    assert losses(one) == pytest.approx(losses(two), rel=0.05 if REAL else 2e-3)
 
 
 @pytest.mark.parametrize(("task", "precision"), [("cifar10", "bf16"), ("mnist", "fp16")])
@@ -173,7 +173,7 @@ def test_recorded_steps_are_the_steps_that_they_stand_for(task, precision, monke
     assert REAL or gpu.calls["graph"] > 5
     monkeypatch.setattr(dld.Stepper, "WARM_UP", 10**6)
     plain = fit(task, precision=precision, epochs=2)
-    assert losses(recorded) == losses(plain) if not REAL else pytest.approx(losses(plain), rel=0.1)
+    assert losses(recorded) == (pytest.approx(losses(plain), rel=0.1) if REAL else losses(plain))
 
 
 def test_where_steps_cannot_be_recorded_training_goes_on(monkeypatch):
@@ -186,15 +186,30 @@ def test_where_steps_cannot_be_recorded_training_goes_on(monkeypatch):
 
     monkeypatch.setattr(F, "cross_entropy", looked_at)
     state = fit("mnist", precision="fp16", checkpointer=dld.Checkpointer(say=said.append))
-    assert losses(state) == losses(plain) if not REAL else losses(state)
+    assert REAL or losses(state) == losses(plain)
     assert len(said) == 1 and said[0].startswith("NOTE  training steps cannot be recorded")
+
+
+def test_what_is_recorded_gives_way_where_memory_is_too_small(monkeypatch):
+    plain, said, honest, calls = fit("mnist", limit=203), [], dld.train_step, []
+
+    def step(*arguments):
+        calls.append(0)
+        if len(calls) == 5:  # the first batch of nine, when one of ten is recorded
+            raise dld.Failure("out of memory")
+        return honest(*arguments)
+
+    monkeypatch.setattr(dld, "train_step", step)
+    state = fit("mnist", limit=203, checkpointer=dld.Checkpointer(say=said.append))
+    assert len(said) == 1 and "out of memory" in said[0]
+    assert REAL or losses(state) == losses(plain)
 
 
 @counted
 @pytest.mark.parametrize(("task", "settings", "most"), [
     ("cifar10", {"precision": "bf16"}, 4), ("mnist", {"precision": "fp16"}, 4),
-    ("sentiment", {"precision": "bf16"}, 255),
-    ("sentiment", {"precision": "bf16", "model": "transformer"}, 430)])
+    ("sentiment", {"precision": "bf16"}, 211),
+    ("sentiment", {"precision": "bf16", "model": "transformer"}, 358)])
 def test_a_step_launches_little_and_waits_for_nothing(task, settings, most, gpu):
     counts = Counting(gpu)
     fit(task, **settings, epochs=2, checkpointer=counts)
@@ -222,7 +237,7 @@ def test_predictions_are_few_launches_and_speed_is_measured_to_the_end(gpu):
     context.data.samples.tta_margin = 100.0  # all are unsure
     rows, before = context.data.parts["train"], gpu.launches
     dld.predict_logits(state.model, context.data.samples, rows, context.machine)
-    assert len(rows) == 600 and gpu.launches - before < 150
+    assert len(rows) == 600 and gpu.launches - before < 250
     gpu.waits.clear()
     dld.measure_speed(context.data, context.config, context.machine)
     assert gpu.waits["synchronize: torch.accelerator.synchronize()"] > 2
@@ -248,7 +263,8 @@ def test_a_gradient_that_is_infinite_costs_a_step_and_no_weight(task):
     assert not torch.equal(state.model.state_dict()[name].cpu(), before[name]), "it learns again"
 
 
-def test_one_lstm_is_two_beside_each_other():
+def test_one_lstm_is_two_beside_each_other(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     reader, h = dld.BiLSTM(8, 0.0), torch.randn(5, 9, dld.WORD_DIM + dld.PAIR_DIM)
     length = torch.tensor([[9], [1], [4], [8], [2]])
@@ -263,6 +279,9 @@ def test_one_lstm_is_two_beside_each_other():
     torch.testing.assert_close(there, here, atol=1e-5, rtol=0)
     for p, other in zip(reader.parameters(), gradients, strict=True):
         torch.testing.assert_close(p.grad.cpu(), other, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cuda", dtype=torch.bfloat16):  # of which cuDNN would make float16
+        half = reader(h.to("cuda:0"), length.to("cuda:0")).cpu()[real]
+    torch.testing.assert_close(half, here, atol=1e-5, rtol=0)
 
 
 # -- what would stop a run on a GPU is noticed ---------------------------------------------------
@@ -338,7 +357,7 @@ PLANTS = {plant_in_augmentation: "cifar10", plant_in_loss: "mnist", plant_in_opt
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_tensor_that_was_left_on_the_cpu_is_noticed(plant, monkeypatch):
     state, context = start(PLANTS[plant], limit=100)
-    with pytest.raises((RuntimeError, ValueError), match=r"same device|on the CPU"):
+    with pytest.raises((RuntimeError, ValueError), match=r"same device|on the CPU|be the same"):
         plant(state, context, monkeypatch)
 
 
