@@ -29,17 +29,17 @@ Contents, with the line where each section begins:
      2  Config ........................ 196
      3  Models ........................ 455
      4  Training ..................... 1023
-     5  Evaluation ................... 1813
-     6  Explanations ................. 2418
-     7  Data ......................... 2649
-     8  Tasks ........................ 4607
-     9  Machine ...................... 4875
-    10  Figures ...................... 5614
-    11  Report ....................... 5934
-    12  Runs ......................... 6515
-    13  Using a model ................ 7425
-    14  Search and notebook .......... 8168
-    15  Command line ................. 8654
+     5  Evaluation ................... 1815
+     6  Explanations ................. 2420
+     7  Data ......................... 2651
+     8  Tasks ........................ 4611
+     9  Machine ...................... 4879
+    10  Figures ...................... 5618
+    11  Report ....................... 5938
+    12  Runs ......................... 6519
+    13  Using a model ................ 7429
+    14  Search and notebook .......... 8172
+    15  Command line ................. 8658
 """
 
 # /// script
@@ -1329,9 +1329,11 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
     state.order.set_state(state.epoch_start)  # a resumed epoch plans the same batches again
     # Each process plans all batches, in the same order, and computes its shard of each.
     batches = data.samples.plan(rows, config.batch_size, state.order)[state.step:]
-    at_once = data.samples.made_at_once // config.batch_size if machine.group.size == 1 else 1
+    # On a GPU pictures are varied many batches at a time; several processes have a shard of each.
+    at_once = max(1, data.samples.made_at_once // config.batch_size * (machine.group.size == 1))
 
     def make(some: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+        """These batches: samples, truth, and logits that are known."""
         where = torch.cat(some)
         shard = machine.group.shard(len(where))
         x = data.samples.batch(rows[where], state.noise, state.epoch, shard)
@@ -1352,8 +1354,8 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
         if isinstance(state.model, FastNet) and state.model.settle(state.done):
             stepper.restart()
         started = time.perf_counter()
-        if i % max(1, at_once) == 0:
-            ready = make(batches[i:i + max(1, at_once)])
+        if i % at_once == 0:
+            ready = make(batches[i:i + at_once])
         x, y, known = next(ready)
         state.seconds_data += time.perf_counter() - started
         rate = learning_rate(config, state.done, state.plateau)
@@ -3323,6 +3325,7 @@ class TextData(SampleData):
         self.flat = self.table[tokens.flat]
         self.start, self.length = tokens.start[:-1], tokens.start.diff()
         self.longest = longest_text(meta)
+        self.most_at_once = max(128, min(1024, 2**18 // meta["max_tokens"]))  # on a GPU
         self.kept = self.length.clamp(max=self.longest)
         # Beside `flat`: where a text begins, what its middle lacks, how long it is then.
         self.places = [self.start, self.length - self.kept, self.kept]
@@ -3346,7 +3349,8 @@ class TextData(SampleData):
     def to(self, device: torch.device) -> TextData:
         """Move the token array; lengths stay as well, since batches are planned on the CPU."""
         self.flat, *self.places = (t.to(device) for t in (self.flat, *self.places))
-        self.at_once = 1024 if device.type == "cuda" else self.at_once
+        if device.type == "cuda":
+            self.at_once = self.most_at_once
         return self
 
     def plan(self, rows: Tensor, size: int, order: torch.Generator | None = None) -> list[Tensor]:
