@@ -29,17 +29,17 @@ Contents, with the line where each section begins:
      2  Config ........................ 196
      3  Models ........................ 455
      4  Training ..................... 1023
-     5  Evaluation ................... 1815
-     6  Explanations ................. 2420
-     7  Data ......................... 2651
-     8  Tasks ........................ 4611
-     9  Machine ...................... 4879
-    10  Figures ...................... 5618
-    11  Report ....................... 5938
-    12  Runs ......................... 6519
-    13  Using a model ................ 7429
-    14  Search and notebook .......... 8172
-    15  Command line ................. 8658
+     5  Evaluation ................... 1804
+     6  Explanations ................. 2409
+     7  Data ......................... 2640
+     8  Tasks ........................ 4600
+     9  Machine ...................... 4868
+    10  Figures ...................... 5620
+    11  Report ....................... 5940
+    12  Runs ......................... 6521
+    13  Using a model ................ 7431
+    14  Search and notebook .......... 8174
+    15  Command line ................. 8660
 """
 
 # /// script
@@ -1303,17 +1303,23 @@ class Stepper:
             "going on without, which is slower")
 
 
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """To the device; to a GPU without waiting until that has done what it was asked for before."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was asked for: only then does a clock mean much."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+def make_batches(batches: list[Tensor], rows: Tensor, targets: Tensor, beside: Tensor | None,
+                 state: TrainState, context: Context
+                 ) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
+    """Of each batch this process's shard: samples, truth, and logits that are known."""
+    data, machine = context.data, context.machine
+    # On a GPU pictures are varied many batches at a time; several processes have a shard of each.
+    at_once = max(1, data.samples.made_at_once // context.config.batch_size
+                  * (machine.group.size == 1))
+    for first in range(0, len(batches), at_once):
+        some = batches[first:first + at_once]
+        where = torch.cat(some)
+        shard = machine.group.shard(len(where))
+        x = data.samples.batch(rows[where], state.noise, state.epoch, shard)
+        mine = send(where[shard], machine.device)
+        sizes = [len(x)] if len(some) == 1 else [len(one) for one in some]
+        known = [0.0] * len(some) if beside is None else beside[mine].split(sizes)
+        yield from zip(x.split(sizes), data.shares(targets[mine]).split(sizes), known, strict=True)
 
 
 def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm[Any]) -> None:
@@ -1329,23 +1335,10 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
     state.order.set_state(state.epoch_start)  # a resumed epoch plans the same batches again
     # Each process plans all batches, in the same order, and computes its shard of each.
     batches = data.samples.plan(rows, config.batch_size, state.order)[state.step:]
-    # On a GPU pictures are varied many batches at a time; several processes have a shard of each.
-    at_once = max(1, data.samples.made_at_once // config.batch_size * (machine.group.size == 1))
-
-    def make(some: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | float]]:
-        """These batches: samples, truth, and logits that are known."""
-        where = torch.cat(some)
-        shard = machine.group.shard(len(where))
-        x = data.samples.batch(rows[where], state.noise, state.epoch, shard)
-        mine = send(where[shard], machine.device)
-        sizes = [len(x)] if len(some) == 1 else [len(one) for one in some]
-        known = [0.0] * len(some) if beside is None else beside[mine].split(sizes)
-        return zip(x.split(sizes), data.shares(targets[mine]).split(sizes), known, strict=True)
-
-    ready: Iterator[tuple[Tensor, Tensor, Tensor | float]] = iter(())
+    made = make_batches(batches, rows, targets, beside, state, context)
     shown, mark = 0.0, time.perf_counter()
     state.model.train()
-    for i, where in enumerate(batches):
+    for where in batches:
         if state.steps < state.total():
             planner.update(state)
         bar.n, bar.total = state.steps, state.total()
@@ -1354,9 +1347,7 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
         if isinstance(state.model, FastNet) and state.model.settle(state.done):
             stepper.restart()
         started = time.perf_counter()
-        if i % at_once == 0:
-            ready = make(batches[i:i + at_once])
-        x, y, known = next(ready)
+        x, y, known = next(made)
         state.seconds_data += time.perf_counter() - started
         rate = learning_rate(config, state.done, state.plateau)
         # DistributedDataParallel averages over processes, whose shards may differ by a sample.
@@ -1565,11 +1556,14 @@ class Optimizer:
         else:
             self.rate = rate
 
-    @property
-    def learning(self) -> Iterator[tuple[int, nn.Parameter, Tensor, dict[str, Any]]]:
-        """Of each parameter with a gradient: its place in `state`, itself, that, its group."""
-        pairs = ((p, group) for group in self.param_groups for p in group["params"])
-        return ((i, p, p.grad, group) for i, (p, group) in enumerate(pairs) if p.grad is not None)
+    def learning(self, group: dict[str, Any]
+                 ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+        """Of a group: the parameters that have a gradient, those, and what `state` has of each."""
+        pairs = ((p, of) for of in self.param_groups for p in of["params"])
+        some = [(i, p, p.grad) for i, (p, of) in enumerate(pairs)
+                if of is group and p.grad is not None]
+        kept = [[values[i] for i, *_ in some] for values in self.state.values()]
+        return [p for _, p, _ in some], [gradient for *_, gradient in some], kept
 
     def zero_grad(self) -> None:
         for group in self.param_groups:
@@ -1598,15 +1592,12 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            some = [(i, p, gradient) for i, p, gradient, of in self.learning if of is group]
-            mean, square, steps = ([self.state[name][i] for i, *_ in some]
-                                   for name in ("mean", "square", "steps"))
+            weights, gradients, (mean, square, steps) = self.learning(group)
             adamw(
-                [p for _, p, _ in some], [gradient for *_, gradient in some], mean, square, [],
-                steps, fused=all(p.device.type in ("cpu", "cuda") for _, p, _ in some),
-                amsgrad=False, beta1=0.9, beta2=0.999, lr=self.rate,
-                weight_decay=group["weight_decay"], eps=1e-8, maximize=False,
-                found_inf=self.found_inf)
+                weights, gradients, mean, square, [], steps,
+                fused=all(p.device.type in ("cpu", "cuda") for p in weights), amsgrad=False,
+                beta1=0.9, beta2=0.999, lr=self.rate, weight_decay=group["weight_decay"], eps=1e-8,
+                maximize=False, found_inf=self.found_inf)
 
 
 class Muon(Optimizer):
@@ -1629,11 +1620,9 @@ class Muon(Optimizer):
         decay = 0.85  # 0.6 cost a point (validation, one run)
         rate = self.rate
         for group in self.param_groups:
-            some = [(p, gradient, self.state["momentum"][i])
-                    for i, p, gradient, of in self.learning if of is group]
-            if not some:
+            weights, gradients, (momenta,) = self.learning(group)
+            if not weights:
                 continue
-            weights, gradients, momenta = (list(each) for each in zip(*some, strict=True))
             if self.found_inf is not None:  # then nothing is to change
                 finite = self.found_inf == 0
                 rate = self.rate * finite
@@ -5245,6 +5234,19 @@ def start_machine(config: Config, group: DistributedContext = DistributedContext
     precision = pick_precision(name) if config.precision == "auto" else config.precision
     device = torch.device(f"cuda:{group.local_rank}" if name == "cuda" else name)
     return Machine(device, precision, group)
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """To the device; to a GPU without waiting until that has done what it was asked for before."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for: only then does a clock mean much."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def place_model(model: nn.Module, machine: Machine) -> nn.Module:
