@@ -8,7 +8,6 @@
     python deep_learning_deliverable.py --task all --data offline       all three, on built-in data
     python deep_learning_deliverable.py --task images --data my/photos  your pictures, in folders
     python deep_learning_deliverable.py --task text --data reviews.csv  your texts
-    python deep_learning_deliverable.py --task mnist --search 20        look for better settings
     python deep_learning_deliverable.py --predict cat.png --run outputs/cifar10
     python deep_learning_deliverable.py --serve --run outputs/cifar10   a web page to try the model
     python deep_learning_deliverable.py --export onnx --run outputs/cifar10
@@ -25,21 +24,21 @@ TrainState in 4; a new task is an entry of TASKS in 8; write_figures in 12 has e
 
 Contents, with the line where each section begins:
 
-     1  Head ........................... 59
-     2  Config ........................ 196
-     3  Models ........................ 455
-     4  Training ..................... 1023
-     5  Evaluation ................... 1804
-     6  Explanations ................. 2409
-     7  Data ......................... 2640
-     8  Tasks ........................ 4600
-     9  Machine ...................... 4868
-    10  Figures ...................... 5620
-    11  Report ....................... 5940
-    12  Runs ......................... 6521
-    13  Using a model ................ 7431
-    14  Search and notebook .......... 8174
-    15  Command line ................. 8660
+     1  Head ........................... 58
+     2  Config ........................ 195
+     3  Models ........................ 462
+     4  Training ..................... 1031
+     5  Evaluation ................... 1809
+     6  Explanations ................. 2481
+     7  Data ......................... 2731
+     8  Tasks ........................ 4716
+     9  Machine ...................... 4992
+    10  Figures ...................... 5751
+    11  Report ....................... 6153
+    12  Runs ......................... 7397
+    13  Using a model ................ 8382
+    14  Search and notebook .......... 9149
+    15  Command line ................. 9635
 """
 
 # /// script
@@ -248,23 +247,28 @@ class Config:
     limit: int = setting(0, "train and test on at most this many samples, validate in proportion "
                             "(0: all)", low=0)
     augment: bool = setting(True, "vary training pictures as suits the task")
-    flip: bool = setting(True, "as part of that: mirror pictures, unless the task forbids it")
+    flip: bool = setting(True, "as part of that: mirror pictures, unless the task forbids it",
+                         kind="image")
     image_size: int = setting(0, "your own pictures: the side that they are scaled to (0: their "
-                                 "own, at most 64)", low=0, high=1024)
+                                 "own, at most 64)", low=0, high=1024, kind="image")
     colour: str = setting("auto", "your own pictures: auto, grey or rgb (auto: grey if all are)",
-                          choices=("auto", "grey", "rgb"))
-    text_column: str = setting("", "your own table: the column with the text (default: found)")
-    label_column: str = setting("", "your own table: the column with the class (default: found)")
-    max_tokens: int = setting(400, "text: longer ones keep their beginning and their end", low=2)
-    vocabulary: int = setting(30_000, "text: how many training words are known", low=1)
+                          choices=("auto", "grey", "rgb"), kind="image")
+    text_column: str = setting("", "your own table: the column with the text (default: found)",
+                               kind="text")
+    label_column: str = setting("", "your own table: the column with the class (default: found)",
+                                kind="text")
+    max_tokens: int = setting(400, "text: longer ones keep their beginning and their end", low=2,
+                              kind="text")
+    vocabulary: int = setting(30_000, "text: how many training words are known", low=1, kind="text")
     wide: bool = setting(True, "text: beside the network, the evidence of phrases and of pieces of "
-                               "words")
+                               "words", kind="text")
     unlabelled: float = setting(1.0, "text: passes over unlabelled ones, before the last epoch",
-                                low=0, high=100)
+                                low=0, high=100, kind="text")
     budget: str = setting("", "time for the whole run, as 90s, 5m or 1h; what makes the most of it "
                               "is found out")
     init: str = setting("", "start from the weights of this finished run")
-    pretrained: bool = setting(False, "start a torchvision model from its published weights")
+    pretrained: bool = setting(False, "start a torchvision model from its published weights",
+                               kind="image")
     epochs: int = setting(15, "passes over the training data", low=1, high=1_000_000)
     steps: str = setting("", "end after so many steps instead, be it inside an epoch; here a run "
                              "with --budget notes what it decided")
@@ -272,7 +276,7 @@ class Config:
     lr: float = setting(2e-3, "highest learning rate", low=1e-9)
     schedule: str = setting("cosine", "how the learning rate moves after a warm-up; linear has no "
                                       "warm-up",
-                            choices=("cosine", "onecycle", "linear", "plateau", "constant"))
+                            choices=("cosine", "onecycle", "linear", "constant"))
     weight_decay: float = setting(0.01, "AdamW's, on weights only: not on biases and norms", low=0)
     class_weights: str = setting("none", "balanced: each class counts alike, however rare",
                                  choices=("none", "balanced"))
@@ -282,9 +286,10 @@ class Config:
                          low=4, high=8192)
     optimizer: str = setting("adamw", "how weights follow gradients (muon suits fast alone)",
                              choices=("adamw", "muon"))
-    views: bool = setting(False, "where unsure, average over mirrored and shifted copies")
+    views: bool = setting(False, "where unsure, average over mirrored and shifted copies",
+                          kind="image")
     word_dropout: float = setting(0.2, "text: share of words that are unknown to the network in a "
-                                       "step of training", low=0, high=0.9)
+                                       "step of training", low=0, high=0.9, kind="text")
     dropout: float = setting(0.3, "share of activations dropped in training; not of fast or "
                                   "torchvision's", low=0, high=0.95)
     clip: float = setting(1.0, "largest gradient norm (0: do not clip)", low=0)
@@ -297,6 +302,9 @@ class Config:
                              choices=("auto", "fp32", "bf16", "fp16"))
     compile: bool = setting(False, "torch.compile the model: a slow start, then faster on a GPU")
     output_dir: str = setting("outputs", "where run folders are made")
+    title: str = setting("", "what stands above the report (default: data and network)")
+    author: str = setting("", "whose work it is, in any words")
+    course: str = setting("", "what it is for, in any words")
     checkpoint_every: str = setting("60s", "how often all is saved inside an epoch, for --resume")
     report: str = setting("full", "full; short: a few explanations tested, no search for near "
                                   "repeats; minimal: no baseline either, and none tested",
@@ -327,8 +335,7 @@ class Config:
                              "pictures' own)")
         if self.folds == 1:
             raise UsageError("--folds 1: cross-validation needs at least 2 folds (0: none)")
-        for flag, meant in (("--budget", self.budget), ("--patience", self.patience),
-                            ("--schedule plateau", self.schedule == "plateau")):
+        for flag, meant in (("--budget", self.budget), ("--patience", self.patience)):
             if self.folds and meant:
                 raise UsageError(f"--folds and {flag} cannot be combined: the last training has no "
                                  "validation part")
@@ -522,6 +529,8 @@ class FastNet(nn.Module):
                 layers += [convolution, pool, norm, nn.SiLU()]
                 channels = width
         self.body = nn.Sequential(*layers)
+        # amax would share gradients among equals: slower, and compiled it divides by zero in bf16.
+        self.pool = nn.AdaptiveMaxPool2d(1)
         self.head = nn.Linear(channels, len(meta["classes"]), bias=False)
         self.small = False  # whether training sees pictures at three quarters of their side
 
@@ -540,8 +549,7 @@ class FastNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [B, C, H, W] -> [B, classes]
         if self.training and self.small and x.shape[-1] >= 24:
             x = F.interpolate(x, scale_factor=0.75, mode="bilinear", antialias=True)
-        # amax would share gradients among equals: slower, and compiled it divides by zero in bf16.
-        features = F.adaptive_max_pool2d(self.body(x), 1).flatten(1)  # [B, 4 * width]
+        features = self.pool(self.body(x)).flatten(1)  # [B, 4 * width]
         return self.head(features) / 9  # small logits: no class is sure too early
 
 
@@ -1066,7 +1074,6 @@ class TrainState:
     seconds: float = 0.0  # of training
     seconds_data: float = 0.0  # of that, spent on making batches
     seconds_validation: float = 0.0
-    plateau: float = 1.0  # what --schedule plateau multiplies the rate by
     history: list[dict[str, float]] = field(default_factory=list)  # a row an epoch
     best: dict[str, float] = field(default_factory=dict)  # the best of these rows
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -1074,7 +1081,7 @@ class TrainState:
     origin: dict[str, Any] = field(default_factory=dict)  # the settings and data that it is of
 
     PLAIN = ("epoch_start", "epoch", "step", "seen", "before", "samples", "plan", "budget", "spent",
-             "seconds", "seconds_data", "seconds_validation", "plateau", "history", "best",
+             "seconds", "seconds_data", "seconds_validation", "history", "best",
              "best_weights", "best_logits", "origin")
     STATEFUL = ("model", "optimizer", "scaler")
 
@@ -1169,7 +1176,7 @@ def fit(state: TrainState, context: Context) -> None:
     with progress_bar(state.total(), " steps", hidden=not group.is_leader) as bar:
         while state.steps < state.total():
             if config.patience and state.stalled >= config.patience:
-                if config.schedule in ("constant", "plateau") or context.affordable:
+                if config.schedule == "constant" or context.affordable:
                     break
                 if len(state.plan) == 1:  # the rate falls to its end, which is worth some points
                     state.plan += [(state.steps, state.steps + math.ceil(state.steps / 4))]
@@ -1349,7 +1356,7 @@ def train_epoch(state: TrainState, stepper: Stepper, context: Context, bar: tqdm
         started = time.perf_counter()
         x, y, known = next(made)
         state.seconds_data += time.perf_counter() - started
-        rate = learning_rate(config, state.done, state.plateau)
+        rate = learning_rate(config, state.done)
         # DistributedDataParallel averages over processes, whose shards may differ by a sample.
         stepper.take(x, y, known, rate, len(x) * machine.group.size / len(where))
         state.step += 1
@@ -1463,8 +1470,6 @@ def close_epoch(state: TrainState, context: Context, last: bool = False) -> None
     if not (best and len(rows)) or (now[judge], -val_loss) > (best[judge], -best["val_loss"]):
         state.best, state.best_logits = dict(state.history[-1]), logits
         state.best_weights = copy_weights(state.model)
-    elif state.epochs_since_best % 2 == 0:
-        state.plateau *= 0.3
 
 
 @torch.no_grad()
@@ -1676,7 +1681,7 @@ def new_train_state(model: nn.Module, config: Config, machine: Machine) -> Train
                       torch.zeros(2, device=machine.device))
 
 
-def learning_rate(config: Config, done: float, plateau: float) -> float:
+def learning_rate(config: Config, done: float) -> float:
     """The rate after this share of all steps: a linear warm-up, then what the schedule says."""
     # Adam divides by a variance of gradients that it hardly knows at first: short steps then.
     warm_up = {"onecycle": 0.25, "linear": 0.0}.get(config.schedule, 0.05)
@@ -1684,7 +1689,7 @@ def learning_rate(config: Config, done: float, plateau: float) -> float:
         return config.lr * max(done, 1e-3) / warm_up
     left = (1 - done) / (1 - warm_up)  # 1 after the warm-up, 0 at the end
     factor = {"cosine": (1 - math.cos(math.pi * left)) / 2, "onecycle": left, "linear": left,
-              "constant": 1.0, "plateau": plateau}
+              "constant": 1.0}
     return config.lr * factor[config.schedule]
 
 
@@ -1810,10 +1815,20 @@ TRAIN_SAMPLES_MEASURED = 2000  # enough to tell the training accuracy to a point
 VIEWED_SHARE = 0.2  # of the validation pictures: those are predicted from several views
 
 
+def training_gap(m: Meta) -> tuple[float, float, float]:
+    """Training minus test accuracy, and its 95 % interval (Newcombe 1998, of two samples)."""
+    n, p = min(m["train_samples"], TRAIN_SAMPLES_MEASURED), m["train_accuracy"]
+    low, high = wilson(round(p * n), n)
+    gap = p - m["test_accuracy"]
+    return (gap, gap - math.hypot(p - low, m["test_accuracy_high"] - m["test_accuracy"]),
+            gap + math.hypot(high - p, m["test_accuracy"] - m["test_accuracy_low"]))
+
+
 def wilson(correct: int, n: int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927): sound near 0 and 1, unlike the textbook's."""
     interval = stats.binomtest(int(correct), max(1, int(n))).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    # Rounding would put the ends a hair inside of 0 and 1.
+    return float(interval.low) if correct else 0.0, float(interval.high) if correct < n else 1.0
 
 
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -1959,6 +1974,16 @@ def mcnemar(one: np.ndarray, two: np.ndarray) -> float:
     """McNemar's exact p: how likely so uneven a split is, were both methods equally good."""
     first, second = int((one & ~two).sum()), int((two & ~one).sum())
     return float(stats.binomtest(first, first + second).pvalue) if first + second else 1.0
+
+
+def roc_and_precision(evaluation: Evaluation, k: int) -> tuple[np.ndarray, ...]:
+    """Class k against the rest: false and true positive rate; precision and recall."""
+    truth, score = evaluation.y == k, evaluation.probs[:, k]
+    if not 0 < int(truth.sum()) < len(truth):
+        return (np.full(1, np.nan),) * 4
+    fall_out, recall, _ = skmetrics.roc_curve(truth, score)
+    precision, found, _ = skmetrics.precision_recall_curve(truth, score)
+    return fall_out, recall, precision, found
 
 
 def confused_pairs(matrix: np.ndarray, most: int = 5) -> list[tuple[int, int, int]]:
@@ -2110,11 +2135,16 @@ def measure_issues(data: Dataset, issues: pd.DataFrame, right: Tensor) -> dict[s
 # -- cost ----------------------------------------------------------------------------------------
 
 
-def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
-    """Multiply-adds for this input, counted operation by operation on the CPU in float32."""
+def measure_layers(model: nn.Module, x: Tensor, most: int = 40) -> pd.DataFrame:
+    """Each layer that this input meets: its output, parameters and multiply-adds.
+
+    Counted operation by operation on the CPU in float32. Of more than `most` layers, blocks.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
-    found = 0
+    names = {module: name for name, module in model.named_modules()}
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    running, found = [model], Counter[nn.Module]()  # the innermost last; what each has counted
 
     class Tally(TorchDispatchMode):  # torch's FlopCounterMode imports torch._dynamo: two seconds
         @classmethod
@@ -2123,26 +2153,66 @@ def count_multiply_adds(model: nn.Module, x: Tensor) -> int:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
                                kwargs: Any = None) -> Any:
-            nonlocal found
             out = func(*args, **(kwargs or {}))
             if known := flop_registry.get(func._overloadpacket):
-                found += known(*args, **(kwargs or {}), out_val=out)
+                found[running[-1]] += known(*args, **(kwargs or {}), out_val=out) // 2
             return out
+
+    def leave(module: nn.Module, _: Any, out: Any) -> None:
+        running.pop()
+        out = out[0] if isinstance(out, tuple) else out
+        shapes.setdefault(module, tuple(out.shape[1:]))
 
     device, fast_attention = x.device, torch.backends.mha.get_fastpath_enabled()
     # Fused LSTMs and attention are one opaque operation; unfused, the products inside are seen.
     torch.backends.mha.set_fastpath_enabled(False)
-    with warnings.catch_warnings(), torch.no_grad(), Tally():
+    enter = [module.register_forward_pre_hook(lambda module, _: running.append(module))
+             for module in names]
+    with warnings.catch_warnings(), torch.no_grad(), forward_hooks(model, leave), Tally():
         warnings.simplefilter("ignore")  # switching oneDNN off and on mentions Intel's GPUs
         with torch.backends.mkldnn.flags(enabled=False):
             model.cpu().eval()(x.cpu())
+    for handle in enter:
+        handle.remove()
     torch.backends.mha.set_fastpath_enabled(fast_attention)
     model.to(device)
-    return found // 2
+    return summarize_layers(names, shapes, found, most)
 
 
-def measure_cost(state: TrainState, data: Dataset, machine: Machine) -> dict[str, Any]:
-    """Multiply-adds of one prediction, its time (median of some 50), the speed of training."""
+def summarize_layers(names: dict[nn.Module, str], shapes: dict[nn.Module, tuple[int, ...]],
+                     found: Counter[nn.Module], most: int) -> pd.DataFrame:
+    """The table of `measure_layers`, from what its hooks have seen, innermost modules first."""
+    rows, told = [], set[int]()
+    wide = [f"{name}." for module, name in names.items() if isinstance(module, Wide)]
+    for module, shape in shapes.items():
+        if names[module].startswith((*wide, "\0")):
+            continue  # it is one layer, which stands beside the others
+        # Of a module that computes with a child's weights itself, those count too.
+        own = [p for p in module.parameters() if id(p) not in told]
+        told |= {*map(id, own)}
+        parameters = sum(p.numel() for p in own)
+        leaf = next(module.children(), None) is None and not isinstance(module, nn.Identity)
+        if leaf or parameters or found[module]:
+            rows.append((names[module], type(module).__name__, " x ".join(map(str, shape)),
+                         parameters, found[module]))
+    table = pd.DataFrame(rows, columns=["layer", "kind", "output", "parameters", "multiply_adds"])
+    kinds = {name: type(module).__name__ for module, name in names.items()}
+    depth = max(name.count(".") + 1 for name in table["layer"])
+    while len(table) > most and depth > 1:
+        depth -= 1
+        block = table["layer"].str.split(".").str[:depth].str.join(".")
+        table = table.groupby(block.rename("layer"), sort=False).agg(
+            {"output": "last", "parameters": "sum", "multiply_adds": "sum"}).reset_index()
+        table.insert(1, "kind", table["layer"].map(kinds))
+    return table.assign(layer=table["layer"].replace("", "between them"))
+
+
+def measure_cost(state: TrainState, data: Dataset, machine: Machine
+                 ) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Multiply-adds of one prediction, its time (median of some 50), the speed of training.
+
+    And the network layer by layer.
+    """
     model, rows = state.model.eval(), data.parts["test"]
     # Plans of texts are sorted by length: the middle one is of median length.
     x = data.samples.batch(rows[data.samples.plan(rows, 1)[len(rows) // 2]])
@@ -2152,10 +2222,11 @@ def measure_cost(state: TrainState, data: Dataset, machine: Machine) -> dict[str
             started = time.perf_counter()
             model(x).cpu()
             times.append(time.perf_counter() - started)
-    return {"multiply_adds": count_multiply_adds(model, x),
+    layers = measure_layers(model, x)
+    return {"multiply_adds": int(layers["multiply_adds"].sum()),
             # The first five warm up caches and kernels.
             "latency_ms": round(1000 * float(np.median(times[5:] or times)), 3),
-            "samples_per_second": round(state.samples / max(state.seconds, 1e-9), 1)}
+            "samples_per_second": round(state.samples / max(state.seconds, 1e-9), 1)}, layers
 
 
 def peak_memory_mb(machine: Machine) -> float | None:
@@ -2340,6 +2411,7 @@ class Evaluation:
     data: Dataset
     history: pd.DataFrame  # an epoch a row
     logits: Tensor  # of the test part
+    layers: pd.DataFrame = field(default_factory=pd.DataFrame)  # of the network, one a row
     issues: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(issue("", "", 0, 0), [])[:0])
     deletion: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # curves of the test
     folds: dict[str, pd.DataFrame] = field(default_factory=dict)  # the history of each
@@ -2361,7 +2433,7 @@ class Evaluation:
     def title(self) -> str:
         """What stands above every figure."""
         return (f"{self.data.name} · {self.data.meta['model']} · test accuracy "
-                f"{self.metrics['test_accuracy']:.1%}")
+                f"{self.metrics['test_accuracy']:.2%}")
 
     @property
     def parts(self) -> pd.DataFrame:
@@ -2439,6 +2511,25 @@ def find_map_layers(model: nn.Module, x: Tensor) -> list[nn.Module]:
     last = [[module for side, module in found if side >= least][-1:]
             for least in (min(7, x.shape[-1] // 4), 3)]
     return list(dict.fromkeys(itertools.chain(*last)))
+
+
+@torch.no_grad()
+def feature_maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What the first and a middle convolution make of one picture [1, C, H, W]: [maps, h, h]."""
+    found: list[Tensor] = []
+
+    def remember(module: nn.Module, _: Any, out: Any) -> None:
+        learns = isinstance(module, nn.Conv2d) and module.weight.requires_grad
+        if learns and out.shape[-1] > 1:
+            found.append(out[0].float().cpu())
+
+    with forward_hooks(model, remember):
+        model(x)
+    places = {"first": 0, "middle": len(found) // 2} if len(found) > 1 else {}
+    # Those that tell most places apart: others are nearly of one colour.
+    return {f"{name} convolution": found[place][
+        found[place].flatten(1).std(1).argsort(descending=True, stable=True)[:11]]
+        for name, place in places.items()}
 
 
 def spread_map(cam: Tensor, side: int) -> Tensor:  # [B, h, h] -> [B, side, side]
@@ -2846,7 +2937,7 @@ class SampleData:
     All that the other sections ask of samples is named here; each kind says how.
     """
 
-    kind = noun = example = request = ""  # image or text; for people; of --predict; for a server
+    kind = noun = request = ""  # image or text; for people; for a server
     models: dict[str, ModelBuilder]
     explain: Callable[..., dict[str, Tensor]]  # (model, batch, classes) -> {method: strength}
     baseline: Callable[[Dataset], tuple[str, Tensor]]  # a simple method and its test predictions
@@ -2892,7 +2983,7 @@ class SampleData:
 class ImageData(SampleData):
     """Pictures as one uint8 tensor; a batch is cut, varied and normalised."""
 
-    kind, noun, example = "image", "pictures", "PICTURE.png"
+    kind, noun = "image", "pictures"
     models, explain = IMAGE_MODELS, staticmethod(explain_images)
     baseline = staticmethod(pixel_baseline)
     request = ('a picture: its file with "Content-Type: image/png" (or alike), or JSON: '
@@ -3059,8 +3150,20 @@ class ImageData(SampleData):
                 "near repeats": 7e-9 * train * test}
 
     def plot_samples(self, rows: Tensor, verdicts: Sequence[Verdict], path: Path,
-                     title: str) -> None:
+                     title: str) -> Block | None:
         plot_pictures([self.show(row) for row in rows.tolist()], verdicts, path, title)
+        return figure_block(path)
+
+    def example_of(self, row: int) -> str:
+        """What --predict might be given."""
+        return "PICTURE.png"
+
+    def thumbnail(self, row: int) -> str:
+        """A picture for a page, small in bytes."""
+        from PIL import Image
+        Image.fromarray(self.show(row)).save(file := io.BytesIO(), "JPEG", quality=90,
+                                             subsampling=0)
+        return data_uri(file.getvalue(), "jpeg")
 
     def write_maps(self, rows: Tensor, verdicts: Sequence[Verdict], names: list[list[str]],
                    maps: Tensor, path: Path, title: str) -> Block:
@@ -3299,7 +3402,7 @@ def longest_text(meta: Meta) -> int:
 class TextData(SampleData):
     """Texts as one array of token numbers; a batch holds texts of like length, padded."""
 
-    kind, noun, example = "text", "texts", '"a wonderful film, though a little long"'
+    kind, noun = "text", "texts"
     models, explain = TEXT_MODELS, staticmethod(explain_texts)
     baseline = staticmethod(phrase_baseline)
     shown = (12, 4, 2)
@@ -3505,8 +3608,21 @@ class TextData(SampleData):
         return "; ".join(said)
 
     def plot_samples(self, rows: Tensor, verdicts: Sequence[Verdict], path: Path,
-                     title: str) -> None:
+                     title: str) -> Block | None:
         plot_texts([self.show(row) for row in rows.tolist()], verdicts, path, title)
+        block = figure_block(path)  # of letters, which a page can show as such
+        return block and {**block, "kind": "texts", "texts": [
+            (verdict, self.thumbnail(row))
+            for verdict, row in zip(verdicts, rows.tolist(), strict=True)]}
+
+    def example_of(self, row: int) -> str:
+        """What --predict might be given: the first words of such a text."""
+        words = re.findall(r"[^\W_]+", self.show(row))[:5]
+        return f'"{" ".join(words)}"' if words else '"some words"'
+
+    def thumbnail(self, row: int) -> str:
+        """The beginning of a text."""
+        return textwrap.shorten(self.show(row), 280, placeholder=" …") or "(empty)"
 
     def write_maps(self, rows: Tensor, verdicts: Sequence[Verdict], names: list[list[str]],
                    maps: Tensor, path: Path, title: str) -> Block:
@@ -3514,7 +3630,7 @@ class TextData(SampleData):
         weighted = self.weighted_words(rows, maps[0])
         texts = [(verdict, shade(words)) for verdict, words in zip(verdicts, weighted, strict=True)]
         write_text(path.with_suffix(".html"), render("words", title=title, texts=texts))
-        return {"kind": "words", "texts": texts}
+        return {"kind": "words", "texts": texts, "file": f"{path.name}.html"}
 
     @torch.no_grad()
     def explain_for_server(self, model: nn.Module, rows: Tensor,
@@ -4614,18 +4730,26 @@ class Task:
     offline_defaults: dict[str, Any] = field(default_factory=dict)  # its own model, on the stand-in
     augment: dict[str, Any] = field(default_factory=dict)
     light_on_dark: bool = False  # pictures are light on dark, but people will give dark on light
+    about: str = ""  # what the official data is, and where it comes from
     read_own: Callable[[Config, Callable[[str], Any]], RawData] | None = None  # from --data
 
 
 TASKS = {
     "cifar10": Task("image", read_cifar10, make_shapes, {"model": "fast"},
-                    {"width": 16, "epochs": 5, "batch_size": 250}, {"flip": True, "shift": 2}),
+                    {"width": 16, "epochs": 5, "batch_size": 250}, {"flip": True, "shift": 2},
+                    about="CIFAR-10: small colour photographs of ten kinds of things, labelled by "
+                    "hand (Krizhevsky 2009), from https://www.cs.toronto.edu/~kriz/cifar.html."),
     "mnist": Task("image", read_mnist, make_digits, {"model": "mlp"},
                   {"epochs": 60, "batch_size": 64, "lr": 2e-3, "width": 512},
                   {"shift": 2, "rotate": 10, "scale": 0.12, "shear": 0.12, "elastic": 0.4},
-                  light_on_dark=True),
+                  light_on_dark=True,
+                  about="MNIST: handwritten digits of 28x28 pixels, centred (LeCun et al. 1998), "
+                  "from http://yann.lecun.com/exdb/mnist."),
     "sentiment": Task("text", read_imdb, make_reviews, {"model": "lstm"},
-                      {"epochs": 5, "batch_size": 32, "dropout": 0.2}),
+                      {"epochs": 5, "batch_size": 32, "dropout": 0.2},
+                      about="IMDb: film reviews with at most 30 of each film; of ten stars, 1 to 4 "
+                      "are negative and 7 to 10 positive (Maas et al. 2011), from "
+                      "https://ai.stanford.edu/~amaas/data/sentiment."),
     "images": Task("image", None, None, {"model": "fast"}, augment={"flip": True, "shift": 2},
                    read_own=read_pictures),
     "text": Task("text", None, None, {"model": "lstm"}, read_own=read_texts),
@@ -4934,6 +5058,12 @@ def format_size(size: float) -> str:
     return f"{size / 1e6:,.0f} MB" if size >= 1e6 else f"{size:,.0f} bytes"
 
 
+def say(head: str, text: str, width: int = 14) -> str:
+    """A line with a heading, broken where a terminal of 80 columns ends; commands stay whole."""
+    return textwrap.fill(text, 79, initial_indent=f"{head:{width}}", subsequent_indent=" " * width,
+                         break_long_words=False, break_on_hyphens=False)
+
+
 def format_seconds(seconds: float) -> str:
     """A time for people."""
     if seconds < 100:
@@ -5150,7 +5280,8 @@ class Machine:
         if self.device.type == "cuda":
             where = torch.cuda.get_device_name(self.device)
         else:
-            where = f"{self.device.type} ({cpu_name()}, {torch.get_num_threads()} threads)"
+            threads = plural(torch.get_num_threads(), "thread")
+            where = f"{self.device.type} ({cpu_name()}, {threads})"
         several = f", {self.group.size} processes" if self.group.size > 1 else ""
         return f"{where}, {self.precision}{several}"
 
@@ -5402,7 +5533,7 @@ class SpeedEstimate:
 
     def writing(self, data: Dataset) -> float:
         """The figures of a minimal report, and the tables, which take a row a sample."""
-        return self.figure * (7 + 1.5e-5 * (len(data.parts["val"]) + len(data.parts["test"])))
+        return self.figure * (6 + 1.5e-5 * (len(data.parts["val"]) + len(data.parts["test"])))
 
     def checks(self, data: Dataset, config: Config) -> float:
         """What a report takes beyond a minimal one."""
@@ -5410,7 +5541,7 @@ class SpeedEstimate:
             return 0.0
         cost, samples = data.samples.estimate_seconds(data), data.samples
         tests = samples.tested[config.report] * samples.test_cost * self.predict
-        seconds = cost["baseline"] + tests * self.relative_cost(config) + self.figure
+        seconds = cost["baseline"] + tests * self.relative_cost(config) + 6 * self.figure
         return seconds + (cost["near repeats"] + self.figure) * (config.report == "full")
 
 
@@ -5460,7 +5591,7 @@ def measure_speed(data: Dataset, config: Config, machine: Machine,
         importlib.import_module("seaborn")  # the figures need it anyway
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            plot_confusion(np.eye(10), [*"0123456789"], Path(folder) / "1.png", "", True)
+            plot_confusion(np.eye(10), [*"0123456789"], Path(folder) / "1.png", "")
             figure = time.perf_counter() - started
     return machine.group.broadcast(SpeedEstimate(config, step, prediction, figure))
 
@@ -5699,26 +5830,101 @@ def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -
         figure.suptitle(title)
 
 
-def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: str,
-                   normalise: bool) -> None:
-    """The confusion matrix, in counts or with each row divided by its sum."""
+def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: str) -> None:
+    """The confusion matrix: in each cell the number of samples and their share of the row."""
     import seaborn
-    shown = matrix / matrix.sum(1, keepdims=True).clip(1) if normalise else matrix
+    share = matrix / matrix.sum(1, keepdims=True).clip(1)
+    cells = np.array([f"{n:,}\n{part:.1%}" if n else "0" for n, part in zip(
+        matrix.flat, share.flat, strict=True)]).reshape(matrix.shape)
     side = max(5.5, 0.62 * len(classes) + 1.6)
     with canvas(path, side + 0.8, side) as figure:
         axes = figure.subplots()
-        what = "share of the row" if normalise else "samples"
-        seaborn.heatmap(shown, annot=len(classes) <= 21, fmt=".2f" if normalise else "d",
-                        cmap="Blues", vmin=0, vmax=1 if normalise else None, linewidths=0.5,
+        seaborn.heatmap(share, annot=cells if len(classes) <= 21 else False, fmt="",
+                        annot_kws={"fontsize": 8.5}, cmap="Blues", vmin=0, vmax=1, linewidths=0.5,
                         xticklabels=classes, yticklabels=classes, ax=axes,
-                        cbar_kws={"shrink": 0.75, "label": what})
+                        cbar_kws={"shrink": 0.75, "label": "share of the row"})
         axes.set(xlabel="predicted", ylabel="true")
         long = len("".join(classes)) > 24
         axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=45 if long else 0,
                         ha="right" if long else "center")
         axes.tick_params(axis="y", rotation=0)
-        figure.suptitle(f"{title}\n" + ("each row sums to 1: recall" if normalise else
-                                        "number of test samples"))
+        figure.suptitle(f"{title}\ntest samples, and their share of the row (diagonal: recall)")
+
+
+def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) -> None:
+    """ROC and precision-recall curves of each class against the rest, the first axes' AUC named."""
+    import seaborn
+    colours = seaborn.color_palette("colorblind", len(curves))
+    styles = itertools.cycle(("-", "--", "-."))
+    with canvas(path, 8, 4.3) as figure:
+        left, right = figure.subplots(1, 2)
+        left.plot([0, 1], [0, 1], ":", color=GREY)
+        for (name, (fall_out, recall, precision, found)), colour, style in zip(
+                curves.items(), colours, styles, strict=False):
+            left.plot(fall_out, recall, color=colour, linestyle=style, linewidth=1.3, label=name)
+            right.plot(found, precision, color=colour, linestyle=style, linewidth=1.3)
+        left.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
+        right.set(title="precision and recall", xlabel="recall", ylabel="precision")
+        for axes in (left, right):
+            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
+        left.legend(loc="lower right", fontsize=8, title="class (AUC)", title_fontsize=8)
+        figure.suptitle(f"{title}\neach class against the rest")
+
+
+def plot_balance(counts: dict[str, np.ndarray], classes: list[str], path: Path,
+                 title: str) -> None:
+    """How many samples of each class every part has."""
+    with canvas(path, 8, max(2.2, 0.26 * len(classes) + 1.3)) as figure:
+        axes, start = figure.subplots(), np.zeros(len(classes))
+        for (part, some), colour in zip(counts.items(), (BLUE, GREY, ORANGE), strict=True):
+            axes.barh(range(len(classes)), some, left=start, color=colour, height=0.7, label=part)
+            start = start + some
+        axes.set_yticks(range(len(classes)), classes)
+        axes.set(xlabel="samples")
+        axes.grid(visible=False, axis="y")
+        axes.invert_yaxis()
+        figure.legend(loc="outside lower center", ncols=3)
+        figure.suptitle(title)
+
+
+def plot_lengths(lengths: np.ndarray, read: int, path: Path, title: str) -> None:
+    """How many words the texts have, and how many the network reads."""
+    with canvas(path, 8, 2.8) as figure:
+        axes = figure.subplots()
+        axes.hist(lengths, bins=60, range=(0, max(10, float(np.quantile(lengths, 0.99)))),
+                  color=BLUE)
+        if read < lengths.max():
+            axes.axvline(read, color=ORANGE, linestyle="--", label=f"the network reads {read}")
+            axes.legend(frameon=True)
+        axes.set(xlabel="words in a training text (longest 1 % left out)", ylabel="texts")
+        figure.suptitle(title)
+
+
+def plot_architecture(layers: pd.DataFrame, given: str, path: Path, title: str) -> None:
+    """The layers that learn or shrink what they get, as boxes in the order of their work."""
+    from matplotlib.patches import FancyBboxPatch
+    drawn = layers[(layers["parameters"] > 0) | layers["kind"].str.contains("Pool")]
+    boxes = [("input", given, ""), *(
+        (row.kind, row.output, f"{row.parameters:,} weights" if row.parameters else "")
+        for row in drawn.itertuples())]
+    lines = math.ceil(len(boxes) / 6)
+    with canvas(path, 8, 0.95 * lines + 0.5) as figure:
+        axes = figure.subplots()
+        axes.set(xlim=(0, 6), ylim=(lines, 0))
+        axes.set_axis_off()
+        for i, (kind, output, weights) in enumerate(boxes):
+            line, column = divmod(i, 6)
+            colour = GREY if not i else BLUE if weights else ORANGE
+            axes.add_patch(FancyBboxPatch(
+                (column + 0.1, line + 0.14), 0.76, 0.66, boxstyle="round,pad=0,rounding_size=0.06",
+                facecolor=f"{colour}1f", edgecolor=colour))
+            axes.text(column + 0.48, line + 0.47, "\n".join(filter(None, (
+                textwrap.shorten(kind, 17, placeholder="…"), output, weights))), fontsize=7.4,
+                ha="center", va="center", linespacing=1.4)
+            if i + 1 < len(boxes):  # at the end of a line it points to the next
+                axes.annotate("", (column + 1.08, line + 0.47), (column + 0.88, line + 0.47),
+                              arrowprops={"arrowstyle": "->", "color": GREY})
+        figure.suptitle(title)
 
 
 @dataclass
@@ -5785,7 +5991,13 @@ class ImageGrid:
                        ha="center", va="bottom", color=colour)
 
 
-def plot_pictures(pictures: list[np.ndarray], verdicts: Sequence[Verdict], path: Path,
+def as_grey(values: Tensor) -> np.ndarray:
+    """A map of any numbers as a grey picture, from its least to its largest."""
+    low, high = values.aminmax()
+    return ((values - low) / (high - low).clamp(min=1e-12) * 255).byte().numpy()
+
+
+def plot_pictures(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict], path: Path,
                   title: str) -> None:
     """A grid of pictures with what the model said."""
     grid = ImageGrid(math.ceil(len(pictures) / 6), title)
@@ -5902,9 +6114,10 @@ def plot_parts(parts: pd.DataFrame, path: Path, title: str) -> None:
         axes, values = figure.subplots(), parts["accuracy"] * 100
         colours = [BLUE if key == "test" else GREY for key in parts["key"]]
         ends = np.array([values - parts["low"] * 100, parts["high"] * 100 - values]).clip(0)
-        bars = axes.barh(parts["name"], values, color=colours, height=0.6)
+        axes.barh(parts["name"], values, color=colours, height=0.6)
         axes.errorbar(values, parts["name"], xerr=ends, fmt="none", color="black", capsize=4)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=14, fontsize=9)
+        for place, (value, high) in enumerate(zip(values, parts["high"], strict=True)):
+            axes.text(100 * high + 1, place, f"{value:.2f}", va="center", fontsize=9)
         axes.set(xlabel="test accuracy in %, 95% interval", xlim=(0, min(112, max(values) * 1.2)))
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
@@ -5943,36 +6156,79 @@ def plot_comparison(runs: pd.DataFrame, path: Path, title: str) -> None:
 
 # Blue and orange are told apart by every kind of colour vision, on light and on dark screens.
 STYLE = """
-  :root { color-scheme: light dark; --right: light-dark(#0072b2, #56b4e9);
-          --wrong: light-dark(#b34700, #ff9a4d); --line: light-dark(#d0d0d0, #505050); }
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: auto; padding: 1rem; }
-  h1, h2 { font-size: 1.3rem; }
-  h3 { font-size: 1rem; margin-bottom: 0; }
-  .headline { font-size: 1.15rem; font-weight: 600; }
+  :root { color-scheme: light dark; --ink: light-dark(#1f2328, #e6e8ea);
+    --paper: light-dark(#ffffff, #16191d); --soft: light-dark(#f3f5f7, #22272d);
+    --faint: light-dark(#59636e, #a5adb6); --line: light-dark(#d0d5da, #454c54);
+    --right: light-dark(#0069a6, #56b4e9); --wrong: light-dark(#b34700, #ff9a4d); }
+  html { scroll-padding-top: 3.2rem; }
+  body { font: 16px/1.55 system-ui, sans-serif; max-width: 76rem; margin: auto;
+    padding: 0 1rem 3rem; color: var(--ink); background: var(--paper); }
+  h1 { font-size: 1.6rem; line-height: 1.25; margin: 1.4rem 0 0.2rem; }
+  h2 { font-size: 1.25rem; margin: 2.6rem 0 0.6rem; }
+  h3 { font-size: 1rem; margin: 1.2rem 0 0; }
+  p, figcaption, li { max-width: 46rem; overflow-wrap: anywhere; } p { margin: 0.5rem 0; }
+  a { color: var(--right); } small, .byline, figcaption { color: var(--faint); }
+  .headline { font-size: 1.15rem; font-weight: 600; max-width: none; }
   .banner { border: 2px solid var(--wrong); padding: 0.6rem 1rem; font-weight: 600; }
   .right { color: var(--right); } .wrong { color: var(--wrong); } .code { font-family: monospace; }
-  mark { color: inherit; background: rgb(213 94 0 / calc(0.75 * var(--dark))); }
+  nav { position: sticky; top: 0; z-index: 1; display: flex; gap: 1.1rem; overflow-x: auto;
+    margin: 0.8rem -1rem; padding: 0.6rem 1rem; white-space: nowrap; background: var(--paper);
+    border-bottom: 1px solid var(--line); } nav a { text-decoration: none; }
+  .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr));
+    gap: 0.8rem; margin: 1rem 0; }
+  .cards div { background: var(--soft); border-radius: 0.5rem; padding: 0.8rem 1rem; }
+  .cards b { display: block; font-size: 1.5rem; } .cards small { display: block; }
+  .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr));
+    gap: 0 1.5rem; align-items: start; }
+  figure { margin: 1rem 0; break-inside: avoid; }
+  figure img { max-width: 100%; height: auto; border-radius: 4px; }
+  mark { color: inherit; background: rgb(213 94 0 / calc(0.7 * var(--dark))); }
   mark.against { background: rgb(0 114 178 / calc(0.75 * var(--dark))); }
-  figure { margin: 1rem 0; break-inside: avoid; } figure img { max-width: 100%; height: auto; }
-  p, td { overflow-wrap: anywhere; } .wide { overflow-x: auto; }
   .words { line-height: 1.7; }
-  table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-  caption { text-align: left; font-weight: 600; }
-  td, th { padding-right: 0.8rem; border-bottom: 1px solid var(--line); text-align: right; }
-  tr > :first-child, tr > :nth-child(2):last-child { text-align: left; font-weight: normal; }
-  @media print { :root { color-scheme: light; } nav { display: none; }
-                 h2, h3 { break-after: avoid; } tr { break-inside: avoid; } }
+  /* A table that is wider than the screen has a shadow where it goes on. */
+  .wide { overflow-x: auto; margin: 1rem 0; background:
+    linear-gradient(to right, var(--paper) 1.5rem, transparent) left / 3rem 100% local,
+    linear-gradient(to left, var(--paper) 1.5rem, transparent) right / 3rem 100% local,
+    linear-gradient(to right, rgb(128 128 128 / 0.5), transparent) left / 0.7rem 100%,
+    linear-gradient(to left, rgb(128 128 128 / 0.5), transparent) right / 0.7rem 100%;
+    background-repeat: no-repeat; }
+  table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+  caption { text-align: left; font-weight: 600; padding-bottom: 0.3rem; }
+  td, th { padding: 0.15rem 0.9rem 0.15rem 0; border-bottom: 1px solid var(--line);
+    text-align: left; font-weight: normal; } tr > .number { text-align: right; }
+  th[scope="col"] { color: var(--faint); } td { overflow-wrap: break-word; }
+  tr > :nth-child(2):last-child { overflow-wrap: anywhere; }
+  .matrix td { padding: 0; text-align: center; border: 1px solid var(--line);
+    background: color-mix(in srgb, var(--right) calc(45% * var(--share)), transparent); }
+  .matrix th { padding: 0.2rem 0.5rem; } .matrix tr > :not(:first-child) { text-align: center; }
+  .matrix td a { display: block; padding: 0.35rem 0.5rem; color: inherit; line-height: 1.25;
+    text-decoration: none; } .matrix td small { display: block; color: inherit; }
+  .cell { display: none; } .cell:target { display: block; background: var(--soft);
+    padding: 0.6rem 1rem; border-radius: 0.5rem; }
+  .cell img { image-rendering: pixelated; margin-right: 0.4rem; }
+  details { margin: 0.8rem 0; } summary { cursor: pointer; color: var(--right); }
+  @media print { :root { color-scheme: light; } nav { display: none; } body { font-size: 11pt; }
+    section + section { break-before: page; } h2, h3, caption { break-after: avoid; }
+    h2 { margin-top: 0.5rem; } tr, .cards { break-inside: avoid; }
+    .cards { grid-template-columns: repeat(4, 1fr); } .columns { grid-template-columns: 1fr 1fr; }
+    figure img { max-height: 21cm; width: auto; }
+    .wide { overflow: visible; background: none; font-size: 9pt; }
+    details::details-content { content-visibility: visible; height: auto; } }
 """
 
 TEMPLATES = {"macros": """
 {% macro image(png, alt) %}
 <img alt="{{ alt }}" width="{{ png_size(png)[0] }}" height="{{ png_size(png)[1] }}"
- src="{{ data_uri(png) }}">
+ src="{{ figure_uri(png) }}">
+{% endmacro %}
+
+{% macro heading(verdict) %}
+<h3 class="{{ 'wrong' if '✗' in verdict.line else 'right' }}">{{ verdict.line }}</h3>
 {% endmacro %}
 
 {% macro words(texts) %}
 {% for verdict, words in texts %}
-<h3 class="{{ 'wrong' if '✗' in verdict.line else 'right' }}">{{ verdict.line }}</h3>
+{{ heading(verdict) }}
 <p class="words">
 {% for word, weight, dark in words %}
 {% if not dark %}{{ word }} {% else %}
@@ -5984,25 +6240,69 @@ TEMPLATES = {"macros": """
 {% endfor %}
 {% endmacro %}
 
+{% macro number(it, loop, first=0) %}
+{% if it.numbers and it.numbers[loop.index0 + first] %} class="number"{% endif %}
+{%- endmacro %}
+
+{% macro table(it, style="") %}
+<div class="wide" role="region" aria-label="{{ it.caption }}" tabindex="0">
+<table class="{{ style }}"><caption>{{ it.caption }}</caption>
+<tr>{% for name in it.columns %}<th scope="col"{{ number(it, loop) }}>{{ name }}</th>
+{%- endfor %}</tr>
+{% for row in it.rows %}
+<tr><th scope="row">{{ row[0] }}</th>
+{%- for cell in row[1:] %}
+{% if style %}
+<td style="--share:{{ '%.2f' % cell.share }}">
+{%- if cell.n %}<a href="#{{ cell.id }}">{{ cell.n }}<small>{{ "%.1f" % (100 * cell.share) }}%
+</small></a>{% endif %}</td>
+{%- else %}
+<td{{ number(it, loop, 1) }}>{{ cell }}</td>
+{%- endif %}
+{%- endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endmacro %}
+
 {% macro block(it) %}
 {% if it.kind == "text" %}
 {% for sentence in it.sentences %}<p class="{{ it.style }}">{{ sentence }}</p>{% endfor %}
+{% elif it.kind == "cards" %}
+<div class="cards">
+{% for value, label, note in it.cards %}
+<div>{{ label }}<b>{{ value }}</b><small>{{ note }}</small></div>
+{% endfor %}
+</div>
+{% elif it.kind == "columns" %}
+<div class="columns">
+{% for each in it.blocks if each %}<div>{{ block(each) }}</div>{% endfor %}
+</div>
+{% elif it.kind == "details" %}
+<details><summary>{{ it.summary }}</summary>
+{% for each in it.blocks if each %}{{ block(each) }}{% endfor %}</details>
+{% elif it.kind == "questions" %}
+{% for question, answer in it.answers %}<h3>{{ question }}</h3><p>{{ answer }}</p>{% endfor %}
 {% elif it.kind == "figure" %}
 <figure>{{ image(it.png, it.name + ": " + it.finding) }}
 <figcaption>{{ it.finding }}</figcaption></figure>
 {% elif it.kind == "words" %}
 <p>{{ it.finding }}</p>{{ words(it.texts) }}
-{% else %}
-<div class="wide" role="region" aria-label="{{ it.caption }}" tabindex="0">
-<table><caption>{{ it.caption }}</caption>
-<tr>{% for name in it.frame.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
-{% for row in it.frame.itertuples(index=False, name=None) %}
-<tr><th scope="row">{{ row[0] }}</th>
-{%- for cell in row[1:] %}
-<td>{{ "–" if cell != cell else "%.3f" % cell if cell is float else cell }}</td>
-{%- endfor %}</tr>
+{% elif it.kind == "texts" %}
+<p>{{ it.finding }}</p>
+{% for verdict, text in it.texts %}{{ heading(verdict) }}<p>{{ text }}</p>{% endfor %}
+{% elif it.kind == "matrix" %}
+<p>{{ it.finding }}</p>{{ table(it, "matrix") }}
+{% for id, head, samples in it.cells %}
+<div class="cell" id="{{ id }}"><p>{{ head }}</p>
+{% for each in samples %}
+{% if each.startswith("data:") %}<img alt="a test sample" width="96" height="96" src="{{ each }}">
+{% else %}<p>{{ each }}</p>
+{% endif %}
 {% endfor %}
-</table></div>
+</div>
+{% endfor %}
+{% else %}
+{{ table(it) }}
 {% endif %}
 {% endmacro %}
 """, "page": """{% import "macros" as m %}<!DOCTYPE html>
@@ -6016,10 +6316,11 @@ TEMPLATES = {"macros": """
 <body>
 <h1>{{ title.splitlines()|join("<br>"|safe) }}</h1>
 {% block body %}
+{% if byline %}<p class="byline">{{ byline }}</p>{% endif %}
 {% for banner in banners %}<p class="banner">{{ banner }}</p>{% endfor %}
-<nav aria-label="Contents"><ul>
-{% for heading in sections %}<li><a href="#part-{{ loop.index }}">{{ heading }}</a></li>{% endfor %}
-</ul></nav>
+<nav aria-label="Contents">
+{% for heading in sections %}<a href="#part-{{ loop.index }}">{{ heading }}</a>{% endfor %}
+</nav>
 {% for heading, blocks in sections.items() %}
 <section id="part-{{ loop.index }}">
 <h2>{{ heading }}</h2>
@@ -6043,13 +6344,24 @@ def render(template: str, **context: Any) -> str:
     # Escaping is the environment's job: class names and texts are somebody else's input.
     made = jinja2.Environment(loader=jinja2.DictLoader(TEMPLATES), autoescape=True,
                               trim_blocks=True, lstrip_blocks=True)
-    made.globals.update(style=STYLE, data_uri=data_uri, png_size=png_size)
-    return made.get_template(template).render(**context)
+    made.globals.update(style=STYLE, figure_uri=figure_uri, png_size=png_size)
+    # Some control characters are not allowed in HTML.
+    return printable(made.get_template(template).render(**context))
 
 
-def data_uri(png: bytes) -> str:
+def data_uri(blob: bytes, kind: str = "png") -> str:
     """A picture as the address of itself, so that a page needs no other file."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f"data:image/{kind};base64,{base64.b64encode(blob).decode()}"
+
+
+def figure_uri(png: bytes) -> str:
+    """A figure for a page; photographs under maps are a quarter of the bytes as WebP."""
+    from PIL import Image, features
+    if len(png) < 300_000 or not features.check("webp"):
+        return data_uri(png)
+    Image.open(io.BytesIO(png)).convert("RGB").save(file := io.BytesIO(), "WEBP", quality=90,
+                                                    method=2)
+    return data_uri(file.getvalue(), "webp")
 
 
 def png_size(png: bytes) -> tuple[int, int]:
@@ -6063,49 +6375,112 @@ def shade(words: list[tuple[str, float]]) -> list[tuple[str, float, float]]:
 
     0 for the average weight or less, 1 for 4 times that.
     """
-    average = 1 / max(1, sum(pair != GAP for pair in words))
+    # Words that it did not read have no weight at all.
+    average = 1 / max(1, sum(weight != 0 for _, weight in words))
     return [(word, weight, math.copysign(
         min(1.0, math.log2(max(abs(weight) / average, 1)) / 2), weight)) for word, weight in words]
 
+
+# -- blocks: what pages and report.md are made of ------------------------------------------------
 
 Block = dict[str, Any]
 
 
 def text_block(*sentences: str, style: str = "") -> Block:
     """Paragraphs."""
-    return {"kind": "text", "sentences": sentences, "style": style}
+    return {"kind": "text", "sentences": [*filter(None, sentences)], "style": style}
+
+
+def show_value(value: Any) -> str:
+    """A cell of a table, for people."""
+    if isinstance(value, float):
+        return "–" if math.isnan(value) else f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def table_block(caption: str, table: pd.DataFrame | dict[str, Any]) -> Block:
     """A table; a dict is one of facts."""
     if isinstance(table, dict):
         table = pd.DataFrame(table.items(), columns=["what", "value"])
-    return {"kind": "table", "caption": caption, "frame": table}
+    rows = [[*map(show_value, row)] for row in table.itertuples(index=False, name=None)]
+    numbers = [all(re.fullmatch(r"[-+]?[\d.,]+%?|–", row[i]) for row in rows)
+               for i in range(len(table.columns))]
+    return {"kind": "table", "caption": caption, "columns": [*table.columns], "rows": rows,
+            "numbers": numbers}
 
 
-def figure_block(path: Path, finding: str) -> Block | None:
+def figure_block(path: Path, finding: str = "") -> Block | None:
     """A figure and what it shows, or None if it was not drawn."""
-    return {"kind": "figure", "png": path.read_bytes(), "finding": finding,
+    return {"kind": "figure", "png": path.read_bytes(), "finding": finding, "file": path.name,
             "name": path.stem.replace("_", " ")} if path.exists() else None
 
 
-def write_sections(path: Path, title: str, sections: dict[str, list[Block | None]],
-                   stand_ins: Sequence[str] = (), ended: str = "") -> None:
-    """A page that needs nothing but itself; banners say what keeps it from being the real thing."""
+def columns_block(*blocks: Block | None) -> Block:
+    """Side by side where there is room."""
+    return {"kind": "columns", "blocks": blocks}
+
+
+def details_block(summary: str, *blocks: Block | None) -> Block | None:
+    """What is shown when it is asked for."""
+    return {"kind": "details", "summary": summary, "blocks": blocks} if any(blocks) else None
+
+
+def markdown(text: str) -> str:
+    """What names hold stays text in a cell of Markdown."""
+    return re.sub(r"([\\`<>|\[\]*_])", r"\\\1", " ".join(text.split()))
+
+
+def block_markdown(it: Block) -> Iterator[str]:
+    """The paragraphs of a block in Markdown; what only a page can show is a link to its figure."""
+    kind = it["kind"]
+    if kind == "text":
+        code = it["style"] == "code"
+        yield from (f"    {text}" if code else markdown(text) for text in it["sentences"])
+    elif kind == "cards":
+        yield "\n".join(f"- {markdown(label)}: **{markdown(value)}** ({markdown(note)})"
+                        for value, label, note in it["cards"])
+    elif kind in ("columns", "details"):
+        yield from (part for each in it["blocks"] if each for part in block_markdown(each))
+    elif kind == "questions":
+        yield from (f"**{markdown(question)}** {markdown(answer)}"
+                    for question, answer in it["answers"])
+    elif kind == "table":
+        yield f"**{markdown(it['caption'])}**"
+        yield "\n".join(f"| {' | '.join(map(markdown, row))} |" if row else "|---" * len(
+            it["columns"]) + "|" for row in (it["columns"], [], *it["rows"]))
+    elif kind == "words":
+        yield f"{markdown(it['finding'])} [All of it]({it['file']})"
+    else:
+        yield f"![{markdown(it['name'])}]({it['file']})"
+        yield markdown(it["finding"])
+
+
+def write_page(path: Path, title: str, sections: dict[str, list[Block | None]],
+               stand_ins: Sequence[str] = (), ended: str = "", byline: str = "") -> None:
+    """A page that needs nothing but itself, and the same as Markdown beside it.
+
+    Banners say what keeps it from being the real thing.
+    """
     banners = [f"Trained on {name}: good for trying out, not for claims."
                for name in dict.fromkeys(stand_ins)]
     if ended:
         banners.append(f"This training was {ended}: a report of what there is.")
-    write_text(path, render("page", title=title, banners=banners, sections={
-        heading: blocks for heading, blocks in sections.items() if blocks}))
+    sections = {heading: blocks for heading, blocks in sections.items() if any(blocks)}
+    write_text(path, render("page", title=title, banners=banners, sections=sections, byline=byline))
+    parts = [f"# {markdown(title)}", markdown(byline), *(f"**{markdown(b)}**" for b in banners)]
+    for heading, blocks in sections.items():
+        parts += [f"## {heading}", *(part for it in blocks if it for part in block_markdown(it))]
+    write_text(path.with_suffix(".md"), "\n\n".join(filter(None, parts)) + "\n")
 
 
 # -- sentences -----------------------------------------------------------------------------------
 
 
 def points(share: float) -> str:
-    """A difference of shares in percentage points."""
-    return f"{100 * share + 0.0:+.1f}".replace("-0.0", "+0.0")
+    """A difference of shares in percentage points; what is nearly nothing keeps two places."""
+    digits = 2 if 0 < abs(share) < 5e-4 else 1
+    shown = f"{100 * share + 0.0:+.{digits}f}"
+    return shown.replace("-", "+") if not float(shown) else shown
 
 
 def interval(low: float, high: float, form: str = "{:.1%}") -> str:
@@ -6147,68 +6522,123 @@ def say_result(m: Meta) -> str:
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
     tested = plural(m["test_samples"], "test sample")
     text = f"Right on {m['test_accuracy']:.2%} of {tested} ({sides})."
-    return text if has_learned(m) else text + (
-        " Nothing learned: that is not shown to be better than always saying the commonest class.")
+    if has_learned(m):
+        return text
+    if m["test_samples"] < 100 and m["commonest_gain"] > 0.2:
+        return (f"{text} These are too few samples to show that it is better than always saying "
+                "the commonest class.")
+    return f"{text} Nothing learned: not shown to be better than always saying the commonest class."
+
+
+def explain_gap(m: Meta) -> str:
+    """What the difference between training and test accuracy means."""
+    _, low, high = training_gap(m)
+    return ("it knows its training samples better" if low > 0 else
+            "the test part is easier for it" if high < 0 else "no difference shown")
 
 
 def say_gap(m: Meta) -> str:
     """Training against test accuracy."""
-    gap = m["train_accuracy"] - m["test_accuracy"]
-    why = "more than the uncertainty of the test accuracy: it learnt part of its samples by heart"
-    if m["test_accuracy_low"] <= m["train_accuracy"] <= m["test_accuracy_high"]:
-        why = "within the uncertainty of the test accuracy"
-    elif gap < 0:
-        why = "so the test part is easier for it than the training part"
-    return f"Training minus test accuracy: {points(gap)} points, {why}."
+    gap, low, high = training_gap(m)
+    n = min(m["train_samples"], TRAIN_SAMPLES_MEASURED)
+    return (f"Training minus test accuracy: {points(gap)} points, 95% interval {points(low)} to "
+            f"{points(high)} ({plural(n, 'training sample')} measured): {explain_gap(m)}.")
 
 
 def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accuracy",
                more: str = "") -> str:
     """What the curves show."""
     best, last = history.iloc[best_epoch - 1], history.iloc[-1]
-    if math.isnan(best[judge]):
-        return "Trained on the whole training part, so there is no validation curve."
+    measured = history[history[judge].notna()]
     name = "Validation accuracy" + ", each class counting alike," * (judge != "val_accuracy")
+    if math.isnan(best[judge]):
+        return "Trained on the whole training part, so there is no validation curve." + more
+    if len(measured) < 2:
+        return f"{name} was measured once, at the end: {best[judge]:.1%}; no epoch was chosen.{more}"
     text = (f"{name} was highest in epoch {best_epoch} of {len(history)}: "
             f"{best[judge]:.1%}; these weights were kept.")
+    ties = int((measured[judge] == best[judge]).sum())
+    if ties > 1:
+        text = (f"{name} was highest ({best[judge]:.1%}) in {ties} epochs; of these, epoch "
+                f"{best_epoch} of {len(history)} had the least loss, and its weights were kept.")
     if best_epoch < len(history):
         text += f" In the last epoch it was {last[judge]:.1%}."
     lowest = history.loc[history["val_loss"].idxmin()]
     if last["val_loss"] > 1.1 * lowest["val_loss"]:
         # A loss that rises while the accuracy holds means overconfidence, not more mistakes.
         surer = "; after that the network grew too sure of its mistakes, without making more"
-        surer *= bool(last["val_accuracy"] >= lowest["val_accuracy"])
+        surer *= bool(lowest["val_accuracy"] <= last["val_accuracy"] < 1)
         text += f" The validation loss was lowest in epoch {int(lowest['epoch'])}{surer}."
     return text + more
 
 
-def say_difference(meta: Meta, m: Meta) -> str:
-    """What the curves do not show, and all other figures do."""
+def say_difference(meta: Meta, settings: Meta, m: Meta) -> str:
+    """What else has to be known to read the curves."""
+    harder = [word for word, there in (
+        ("dropout", settings["dropout"] and m["model"] not in ("fast",)), ("smoothed targets",
+         settings["label_smoothing"]), ("varied pictures", meta["kind"] == "image"
+                                        and meta["augment"])) if there]
+    said = (f" Training figures are running means, measured with {' and '.join(harder)}: so they "
+            "can look worse than validation.") if harder else ""
+    if 0 < m["val_samples"] < 30:
+        said += (f" Validation has {plural(m['val_samples'], 'sample')}: which epoch is best is "
+                 "largely chance.")
     if "deep_share" in m:
-        return " The curves are the network's own: the wide part joined it afterwards."
-    return (" The curves see each picture once; all other figures average several views of those "
-            "that are unsure.") if meta["views"] else ""
+        return said + " The curves are the network's own: the wide part joined it afterwards."
+    return said + (" The curves see each picture once; all other figures average several views of "
+                   "those that are unsure." if meta["views"] else "")
 
 
 def say_confusions(evaluation: Evaluation) -> str:
-    """The commonest mistakes."""
+    """The commonest mistakes, and the class that suffers most."""
     if not len(evaluation.mistakes):
         return f"Not one mistake among {plural(len(evaluation.y), 'test sample')}."
     classes, matrix = evaluation.classes, evaluation.matrix
     pairs = [f"{classes[a]} taken for {classes[b]} ({n:,} of {matrix[a].sum():,})"
-             for a, b, n in confused_pairs(matrix)]
+             for a, b, n in confused_pairs(matrix) if n > 1 or len(evaluation.mistakes) < 6]
     mistakes = plural(len(evaluation.mistakes), "mistake")
-    return (f"{mistakes} among {len(evaluation.y):,} test samples. Commonest: "
-            f"{', '.join(pairs)}.")
+    listed = f" Commonest: {', '.join(pairs)}." if pairs else " None occurs more than once."
+    return f"{mistakes} among {len(evaluation.y):,} test samples.{listed}"
+
+
+def explain_mistakes(evaluation: Evaluation) -> str:
+    """What the mistakes have in common."""
+    matrix, names, n = evaluation.matrix, evaluation.classes, len(evaluation.mistakes)
+    times = matrix.sum(0)
+    often = int(times.argmax())
+    both = np.triu(matrix + matrix.T, 1)
+    a, b = (int(i) for i in np.unravel_index(both.argmax(), both.shape))
+    said = ""
+    if times[often] >= 0.9 * times.sum():
+        said = f"It says {names[often]} for {times[often]:,} of {times.sum():,} samples. "
+    elif len(names) == 2:
+        said = (f"{matrix[0, 1]:,} of {names[0]} were taken for {names[1]}, and {matrix[1, 0]:,} "
+                "the other way. ")
+    elif both[a, b] > 1:
+        said = f"{both[a, b]:,} of {n:,} are between {names[a]} and {names[b]}. "
+    wrong = matrix.sum(1) - matrix.diagonal()
+    worst = int(wrong.argmax())
+    return (f"{said}Most concern {names[worst]}: {wrong[worst]:,} of its {matrix[worst].sum():,} "
+            "samples are missed.")
 
 
 def say_calibration(m: Meta) -> str:
     """Whether the model's confidence fits, and what the temperature did."""
-    before, after = m["test_ece_uncalibrated"], m["test_ece"]
-    change = "lower" if after < before else "higher" if after > before else "the same"
-    return (f"Confidence and accuracy differ by {100 * after:.2f} points on average (expected "
-            f"calibration error, test part); before the temperature of {m['temperature']:.2f}, "
-            f"fitted on held-out training samples, by {100 * before:.2f}: it is {change} now.")
+    before, after, temperature = m["test_ece_uncalibrated"], m["test_ece"], m["temperature"]
+    n = m["val_samples"] or m["train_samples"]  # with folds, all have been held out
+    said = (f"Confidence and accuracy differ by {100 * after:.2f} points on average (expected "
+            "calibration error, test part).")
+    if abs(temperature - 1) < 0.005:
+        return f"{said} The temperature, fitted on {n:,} held-out samples, is 1.00: no correction."
+    found = f"The network was too {'sure' if temperature > 1 else 'unsure'} of {n:,} held-out " \
+        f"samples; the temperature of {temperature:.2f} corrects that."
+    if m["val_accuracy"] == 1:
+        found = (f"None of {n:,} held-out samples was wrong; the temperature of {temperature:.2f} "
+                 "allows for half a mistake among them.")
+    verdict = ("it helped" if after < before else "it made no difference" if after == before else
+               "on the test part it did not help")
+    return (f"{said} {found} Without it the difference would be {100 * before:.2f} points: "
+            f"{verdict}.")
 
 
 def passes_test(m: Meta, name: str) -> bool:
@@ -6216,55 +6646,65 @@ def passes_test(m: Meta, name: str) -> bool:
     return bool(m[f"{name}_over_random_low"] > 0 and m[f"{name}_over_untrained_low"] > 0)
 
 
-def say_explanation(m: Meta, name: str) -> str:
+DOUBT = "it did not pass its test in this run: do not rely on it"
+
+
+def say_explanation(m: Meta, name: str, n: int) -> str:
     """What the deletion test says about an explanation."""
     verdict = "Do not rely on it: it was not shown to be better than marks at random places."
+    if m[f"{name}_over_random_high"] < 0:
+        verdict = "Do not rely on it: it is worse than marks at random places."
     if passes_test(m, name):
-        verdict = "It can be trusted to show what matters to this network."
+        verdict = "It passed both tests: what it marks matters to this network."
     elif m[f"{name}_over_random_low"] > 0:
         # The sanity check of Adebayo et al. (2018).
         verdict = "It shows the sample more than this network: an untrained one marks as much."
     gains = []
-    for kind in ("random", "untrained"):
+    rivals = {"random": "as many random marks", "untrained": "an untrained network's"}
+    for kind, rival in rivals.items():
         ends = interval(m[f"{name}_over_{kind}_low"], m[f"{name}_over_{kind}_high"], "{:+.3f}")
-        gains.append(f"{m[f'{name}_over_{kind}']:+.3f} against {kind} ones ({ends})")
-    return (f"{verdict} Probability that deleting its marks takes from the predicted class: "
-            f"{', '.join(gains)}.")
+        gains.append(f"{m[f'{name}_over_{kind}']:+.3f} more than {rival} ({ends})")
+    verdict += " So few samples give a hint, no more." * (n < 20)
+    return (f"{verdict} To delete what it marks lowers the probability of the predicted class, "
+            f"averaged over the shares deleted, by {' and '.join(gains)}; "
+            f"{plural(n, 'test sample')}.")
 
 
 def say_issues(m: Meta, evaluation: Evaluation) -> list[str]:
     """What is wrong with the data, one sentence each."""
-    rows = torch.cat((evaluation.data.parts["train"], evaluation.data.parts["val"]))
-    times = evaluation.data.labels[rows].bincount(minlength=len(evaluation.classes))
-    said = [f"Training samples a class: {times.min():,} to {times.max():,}.",
-            f"Empty samples: {m['empty_samples']:,}.", say_suspects(m),
-            f"Exact repeats: {m['train_repeats']:,} within the training part, "
+    held_out = m["val_samples"] or m["train_samples"]
+    said = [f"Empty samples: {m['empty_samples']:,}.", say_suspects(m, held_out),
+            f"Exact repeats: {m['train_repeats']:,} within training and validation, "
             f"{m['test_own_repeats']:,} within the test part, {m['test_repeats']:,} in the test "
             "part of what was trained on; under another label: "
             f"{m['repeats_with_other_label']:,}."]
-    if "near_repeats" in m:
-        said.append(f"Near repeats of training samples in the test part: {m['near_repeats']:,}.")
+    said.append(f"Near repeats of training samples in the test part: {m['near_repeats']:,}."
+                if "near_repeats" in m else
+                "Near repeats were not searched; --report full does.")
     if m["test_repeats"] or m.get("near_repeats"):
         without = m.get("test_accuracy_without_near_repeats", m["test_accuracy_without_repeats"])
         said.append("Every test sample repeats what was trained on: the test accuracy says nothing "
                     "about new ones." if without is None else
-                    f"Without what repeats that the test accuracy is {without:.2%}.")
+                    f"Without these repeats the test accuracy is {without:.2%}.")
     if m["skipped"]:
         said.append(f"{plural(m['skipped'], 'file or line', 'files or lines')} could not be used: "
                     "skipped.csv says which and why.")
     return said
 
 
-def say_suspects(m: Meta) -> str:
+def say_suspects(m: Meta, n: int) -> str:
     """How many labels are probably wrong, and how far the list of them can be trusted."""
-    text = (f"Suspect labels: {m['suspect_labels']:,}, by a network that had not learnt from them; "
-            "it may be the network that errs.")
-    if m["doubted_labels"] and not m["suspect_labels"]:
-        return "Suspect labels: none can be named, since this network errs even where it is surest."
-    if m["suspect_labels"] < m["doubted_labels"]:
-        text += (f" It doubts {m['doubted_labels']:,}: more than can be wrong, since where it is "
-                 "surest it contradicts fewer. The order of the list is useful, its length is not.")
-    return text
+    doubted, suspect = m["doubted_labels"], m["suspect_labels"]
+    head = f"Of {n:,} labels that it had not learnt, the network surely contradicts {doubted:,}"
+    if not doubted:
+        return f"{head}."
+    if not suspect:
+        return f"{head}; but it errs even where it is surest, so none can be named."
+    if suspect < doubted:
+        return (f"{head}. At most about {suspect:,} can be wrong, judging by its surest "
+                f"predictions: faults.csv lists the {suspect:,} surest. Expect its own mistakes "
+                "among them.")
+    return f"{head}: they are in faults.csv. It may be the network that errs."
 
 
 def say_skipped(skipped: Sequence[tuple[str, str]]) -> str:
@@ -6287,12 +6727,11 @@ def say_folds(m: Meta) -> str:
 RESULT_FORMATS = {
     "network": "{model}, {parameters:,} parameters", "data": "{dataset}",
     "epochs": "{epochs}, with the weights of epoch {best_epoch}",
-    "samples": "{train_samples:,} training, {val_samples:,} validation, {test_samples:,} test",
     "training": "accuracy {train_accuracy:.2%}, log-loss {train_loss:.3f}",
     "validation": "accuracy {val_accuracy:.2%}, log-loss {val_loss:.3f}",
-    "test": "accuracy {test_accuracy:.2%}, log-loss {test_loss:.3f}, Brier score {test_brier:.3f}",
-    "macro-F1": "{test_macro_f1:.3f} (95% interval {test_macro_f1_low:.3f} to "
-                "{test_macro_f1_high:.3f}, bootstrap)",
+    "test": "accuracy {test_accuracy:.2%} ({test_accuracy_low:.2%} to {test_accuracy_high:.2%}), "
+            "log-loss {test_loss:.3f}, Brier score {test_brier:.3f}",
+    "macro-F1": "{test_macro_f1:.3f}",
     "AUC, mean of one class against the rest": "{test_auc:.3f}",
     "true class among the first two": "{test_top2_accuracy:.2%}"}
 COST_FORMATS = {
@@ -6301,6 +6740,26 @@ COST_FORMATS = {
     "one prediction": "{latency_ms:.2f} ms, {multiply_adds:,} multiply-adds",
     "size on disk": "{model_mb:.2f} MiB", "device": "{device}",
     "most memory, on the GPU or else of the process": "{peak_memory_mb:,.0f} MiB"}
+# What a model is, and why one takes it.
+NETWORKS = {
+    "fast": ("a small convolutional network", "Convolutions use the same filters at every place, "
+             "which suits pictures. Six of them behind fixed filters, which decorrelate "
+             "neighbouring pixels, learn quickly even without a GPU."),
+    "classic": ("a textbook convolutional network", "Four blocks of convolution, batch norm, ReLU "
+                "and pooling, then three connected layers: the usual way from pixels to classes."),
+    "mlp": ("a multilayer perceptron", "Three hidden layers and an output layer, fully connected: "
+            "the first sees all pixels at once. It knows nothing of neighbourhoods, which is "
+            "enough for centred digits, and hardly a network is simpler."),
+    "lstm": ("a bidirectional LSTM with attention", "It reads a text word by word in both "
+             "directions, so word order counts, and attention weighs the words."),
+    "transformer": ("a small transformer with attention", "Every word looks at every other, so "
+                    "word order and distant words count, and attention weighs the words.")}
+SCHEDULES = {"cosine": "rises shortly and falls along a cosine", "linear": "falls linearly to zero",
+             "onecycle": "rises for a quarter of the training and falls to zero",
+             "constant": "stays as it is after a short rise"}
+VARIED = {"flip": "mirrored", "shift": "shifted by up to {} pixels", "rotate":
+          "turned by up to {} degrees", "scale": "scaled by up to {:.0%}", "shear": "sheared",
+          "elastic": "rippled"}
 
 
 def facts_block(caption: str, facts: dict[str, str], m: Meta) -> Block:
@@ -6312,48 +6771,218 @@ def facts_block(caption: str, facts: dict[str, str], m: Meta) -> Block:
     return table_block(caption, said)
 
 
-def write_report(folder: Path, evaluation: Evaluation, maps: dict[str, Block],
+def network_of(m: Meta) -> tuple[str, str]:
+    """What the network is, and why one takes it."""
+    return NETWORKS.get(m["model"], (f"torchvision's {m['model']}", "A published architecture, its "
+                                     "first layer adapted to pictures of this size."))
+
+
+def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
+    """How the network was trained."""
+    meta, size = data.meta, settings["batch_size"]
+    optimizer = {"adamw": "AdamW", "muon": "Muon for filters and AdamW for the rest"}
+    passes = steps * size / max(1, m["train_samples"])
+    said = (f"Trained for {plural(steps, 'step')} of {size:,} samples, {passes:.2g} times as many "
+            f"as the training part has, with {optimizer[settings['optimizer']]}, minimising "
+            f"cross-entropy. The learning rate is at most {settings['lr']:g}; it "
+            f"{SCHEDULES[settings['schedule']]}.")
+    if settings["patience"] and m["epochs"] < settings["epochs"] and not settings["steps"]:
+        said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs, since "
+                 "validation had not become better for long.")
+    if len(data.unlabelled) and steps > data.epoch_steps(Config(**settings)):
+        said += (f" Before the labelled texts it learnt from the phrase model's opinions on "
+                 f"{len(data.unlabelled):,} unlabelled ones.")
+    held = [f"label smoothing of {settings['label_smoothing']:g}"] * (
+        settings["label_smoothing"] > 0)
+    own = m["model"] in NETWORKS and m["model"] != "fast"
+    held += [f"dropout of {settings['dropout']:g}"] * (own and settings["dropout"] > 0)
+    held += [f"{settings['word_dropout']:.0%} of the words made unknown"] * (
+        meta["kind"] == "text" and settings["word_dropout"] > 0)
+    held += [f"weight decay of {settings['weight_decay']:g}"] * (settings["weight_decay"] > 0)
+    said += f" Against overfitting: {', '.join(held)}." if held else ""
+    varied = [VARIED[key].format(value) for key, value in meta["augment"].items()]
+    return said + (f" Training pictures are varied at random: {', '.join(varied)}."
+                   if varied and meta["kind"] == "image" else "")
+
+
+def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block | None],
                  settings: Meta) -> None:
-    """report.html: the whole run on one page."""
-    m = evaluation.metrics
+    """report.html: the whole run on one page; the same as report.md, and what else is handed in."""
+    m, meta, samples = evaluation.metrics, evaluation.data.meta, evaluation.data.samples
+    day = time.strftime("%d %B %Y").lstrip("0")
     command = f"{this_command()} --config {quoted(folder / 'config.json')}"
-    exact = {key.replace("_", "-"): m[key] for key in m if key in versions() or "_sha256" in key}
+    title = settings["title"] or f"{m['dataset']}: {network_of(m)[0]}"
+    byline = " · ".join(filter(None, (settings["author"], settings["course"], day)))
+    exact = {key.replace("_", "-"): m[key] for key in m
+             if key in versions() or key == "data_fingerprint"}
 
     def figure(name: str, finding: str) -> Block | None:
-        return figure_block(folder / f"{name}.png", finding)
+        return figures.get(name) and {**(figures[name] or {}), "finding": finding}
 
-    write_sections(folder / "report.html", evaluation.title, {
-        "Result": [
-            text_block(say_result(m), style="headline"),
-            text_block(*(f"Baseline: {line}." for line in say_baselines(m)), say_gap(m)),
-            facts_block("In numbers", RESULT_FORMATS, m)],
-        "What each part adds": report_parts(folder, evaluation),
-        "The training": [
+    cited = references(evaluation, settings)
+    write_page(folder / "report.html", title, {
+        "Result": report_result(m, meta),
+        "Data": report_data(evaluation, settings, figure),
+        "Model": [
+            text_block(f"The network is {network_of(m)[0]} ({m['model']}). {network_of(m)[1]}",
+                       say_recipe(evaluation.data, settings, m,
+                                  int(evaluation.history["steps"].iloc[-1]))),
+            figure("architecture", "The layers with weights (blue) and those that shrink what they "
+                   "get (orange), each with the shape of its output." + (
+                       " The two LSTMs of a layer read forwards and backwards, side by side; the "
+                       "wide part stands beside them all." if "deep_share" in m else "")),
+            details_block(f"Layer by layer: {m['multiply_adds']:,} multiply-adds for one sample",
+                          table_block("For one sample", evaluation.layers.rename(
+                              columns={"multiply_adds": "multiply-adds"})))
+            if len(evaluation.layers) else None],
+        "Training": [
             figure("training_curves", say_curves(evaluation.history, m["best_epoch"],
                                                  judged_by(settings["class_weights"]),
-                                                 say_difference(evaluation.data.meta, m))),
+                                                 say_difference(meta, settings, m))),
             figure("folds", f"Cross-validation with {m['folds']} folds, accuracy {say_folds(m)}."
                    if evaluation.folds else "")],
-        "Where it errs": report_errors(folder, evaluation),
-        "Can its confidence be trusted?": [figure("reliability", say_calibration(m))],
-        "Why it decides so": [
-            *report_explanations(m, maps),
-            figure("deletion", "How fast the prediction fades while what is marked is deleted.")],
-        "The data's own faults": [
+        "Ablation": report_parts(evaluation, figure),
+        "Mistakes": report_errors(evaluation, figure),
+        "Confidence": [columns_block(
+            figure("reliability", say_calibration(m)),
+            figure("roc_pr", "How many of a class are found, against how many others are taken "
+                             "for it (left) and how many of those found are right (right), for "
+                             "every threshold. AUC 1 is perfect, 0.5 is chance."))],
+        "Explanations": [
+            *report_explanations(evaluation, figures, settings["report"]),
+            details_block("How it was tested", figure(
+                "deletion", "How fast the prediction fades while what is marked is deleted.")),
+            figure("feature_maps", "What the first convolution that learns and a middle one make "
+                   "of one test picture: the channels that differ most from place to place.")],
+        "Faults of the data": [
             text_block(*say_issues(m, evaluation)),
-            figure("suspects", "The held-out labels that it doubts most; more are in faults.csv."
-                   ),
+            figure("suspects", "The held-out labels that it doubts most" + (
+                "; more are in faults.csv." if m["suspect_labels"] > samples.shown[0] else ".")),
             figure("near_repeats", "Test samples beside the training samples they nearly repeat.")],
-        "What it cost": [facts_block("Time, size and memory", COST_FORMATS, m)],
-        "How to repeat it": [
+        "Cost": [facts_block("Time, size and memory", COST_FORMATS, m), text_block(
+            "One prediction is of one view; the pictures it is least sure of, about a fifth, take "
+            "six more." if meta["views"] else "")],
+        "Questions": [
+            text_block("What you may be asked, answered from this run's numbers."),
+            {"kind": "questions", "answers": answer_questions(evaluation, settings)}],
+        "Repeat it": [
+            text_block("This command trains it again with the same settings:"),
             text_block(command, style="code"),
-            table_block("Settings", {flag_name(key): str(settings[key]) for key in settings}
-                        | {"--steps": settings["steps"].rpartition(":")[2]}),
-            table_block("Versions, and fingerprints of the data", exact)]},
-        [m["dataset"]] if m["stand_in"] else [], m.get("ended", ""))
+            details_block("Settings", table_block("Settings", settings_in_use(settings, meta))),
+            table_block("Versions, and the fingerprint of the data", exact),
+            details_block("References", text_block(*(
+                f"{author}. {work}. {where}, {year}." for author, work, where, year in (
+                    BIBLIOGRAPHY[key] for key in cited))))]},
+        [m["dataset"]] if m["stand_in"] else [], m.get("ended", ""), byline)
+    write_hand_in(folder, evaluation, title, cited)
 
 
-def report_parts(folder: Path, evaluation: Evaluation) -> list[Block | None]:
+def settings_in_use(settings: Meta, meta: Meta) -> dict[str, str]:
+    """The settings that mean something for this kind of data, as flags."""
+    other = {"image": "text", "text": "image"}[meta["kind"]]
+    foreign = {each.name for each in dataclasses.fields(Config)
+               if each.metadata.get("kind") == other}
+    return {flag_name(key): str(settings[key]) for key in settings
+            if key not in foreign and settings[key] != ""} | (
+        {"--steps": settings["steps"].rpartition(":")[2]} if settings["steps"] else {})
+
+
+def report_result(m: Meta, meta: Meta) -> list[Block | None]:
+    """The headline, the four numbers that count, and all others."""
+    simplest = "baseline" if m.get("baseline") else "commonest"
+    gap, low, high = training_gap(m)
+    forms = RESULT_FORMATS if m["val_samples"] else {
+        "held-out folds" if key == "validation" else key: form
+        for key, form in RESULT_FORMATS.items()}
+    facts = facts_block("In numbers", forms, m)
+    if m["test_macro_f1_low"] < m["test_macro_f1_high"]:  # without a mistake every draw is alike
+        facts["rows"] = [[name, value if name != "macro-F1" else f"{value} (" + interval(
+            m["test_macro_f1_low"], m["test_macro_f1_high"], "{:.3f}") + ", bootstrap)"]
+            for name, value in facts["rows"]]
+    rivals = {"baseline": "against the baseline", "commonest": "against the commonest class"}
+    cards = [
+        (f"{m['test_accuracy']:.2%}", "test accuracy", interval(
+            m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")),
+        (f"{points(m[f'{simplest}_gain'])} points", rivals[simplest],
+         "95% interval {} to {}".format(*(points(m[f"{simplest}_gain_{end}"])
+                                          for end in ("low", "high")))),
+        (f"{points(gap)} points", "training minus test",
+         f"95% interval {points(low)} to {points(high)}"),
+        (format_seconds(m["seconds_total"]), "from command to page", str(m["device"]))]
+    notes = [f"Baseline: {line}." for line in say_baselines(m)]
+    notes += [] if m.get("baseline") else ["No simple method was trained beside it (--report "
+                                           "minimal)."]
+    if "deep_share" in m:
+        notes.append(f"Of this model, the {m['model']} alone is right on {m['deep_accuracy']:.2%}, "
+                     f"its wide part alone on {m['wide_accuracy']:.2%} (see Ablation).")
+    if meta["views"]:
+        notes.append("The model averages several views of the pictures it is least sure of.")
+    where = ", and of the network alone" * ("deep_share" in m)
+    return [text_block(say_result(m), style="headline"), {"kind": "cards", "cards": cards},
+            text_block(*notes), facts,
+            text_block("Log-loss and Brier score (0 to 2) are of probabilities after the "
+                       f"temperature of {m['temperature']:.2f} (see Confidence). The loss in the "
+                       f"curves is before it{where}, so the two differ.")]
+
+
+def report_data(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Block | None]:
+    """What the data is, what it is used for, and how it looks."""
+    data, task, m = evaluation.data, TASKS[settings["task"]], evaluation.metrics
+    chosen = "the best epoch and the temperature" + (
+        ", and what each part counts;" if "deep_share" in m else "") + " are chosen by these"
+    uses = {"train": "the network learns from these", "test": "used only after the training",
+            "val": chosen.replace("; are chosen by these", " are chosen by these; then the wide "
+                                  "part learns from them too") if len(
+                                      data.parts["val"]) else "none: the folds take its place"}
+    sizes = {part: len(data.parts[part]) for part in PARTS}
+    what = task.about
+    if data.stand_in_slug and task.offline:
+        what = (task.offline.__doc__ or "").partition("\n")[0]
+    elif task.read_own:
+        what = f"Your own data, from {settings['data']}."
+    names, noun, unlabelled = evaluation.classes, data.samples.noun, len(data.parts["unlabelled"])
+    others = f" {plural(unlabelled, 'text')} without labels come with them" + (
+        "." if len(data.unlabelled) else "; this run had no time for them.")
+    return [
+        text_block(what, f"{sum(sizes.values()):,} {noun} in "
+                   f"{plural(len(names), 'class', 'classes')}: {shorten(names, 200)}."
+                   + others * bool(unlabelled)),
+        table_block("Parts", pd.DataFrame({
+            "part": ["training", "validation", "test"], noun: [*sizes.values()],
+            "share": [f"{n / sum(sizes.values()):.1%}" for n in sizes.values()],
+            "what for": [uses[part] for part in PARTS]})),
+        columns_block(figure("class_balance", say_balance(evaluation)),
+                      figure("text_lengths", say_lengths(evaluation))
+                      or figure("training_samples", "Training samples drawn at random.")),
+        details_block("Training texts drawn at random", figure("training_samples", ""))
+        if data.meta["kind"] == "text" else None]
+
+
+def say_balance(evaluation: Evaluation) -> str:
+    """How even the classes are."""
+    rows = evaluation.data.parts["train"]
+    times = evaluation.data.labels[rows].bincount(minlength=len(evaluation.classes))
+    few, many = int(times.argmin()), int(times.argmax())
+    if times[few] == times[many]:
+        return f"Every class has {times[few]:,} training samples."
+    return (f"Training samples: from {times[few]:,} of {evaluation.classes[few]} to "
+            f"{times[many]:,} of {evaluation.classes[many]}.")
+
+
+def say_lengths(evaluation: Evaluation) -> str:
+    """How long the training texts are; nothing of pictures."""
+    data = evaluation.data
+    if data.meta["kind"] != "text":
+        return ""
+    lengths, read = data.samples.length[data.parts["train"]], data.meta["max_tokens"]
+    cut = float((lengths > read).double().mean())
+    said = (f"The training texts have {int(lengths.median()):,} words in the median, "
+            f"{int(lengths.max()):,} at most.")
+    return said + (f" Of the {cut:.0%} that are longer than {read} the network reads the first and "
+                   "last words." if cut else "")
+
+
+def report_parts(evaluation: Evaluation, figure: Any) -> list[Block | None]:
     """The ablation of a model with a wide part; nothing of others."""
     parts, m = evaluation.parts, evaluation.metrics
     if not len(parts):
@@ -6365,57 +6994,273 @@ def report_parts(folder: Path, evaluation: Evaluation) -> list[Block | None]:
         "how much better both are, paired": ["" if key == "test" else say_gain(m, key)
                                              for key in parts["key"]]})
     return [text_block(say_parts(m)), table_block("All on the same test samples", table),
-            figure_block(folder / "ablation.png", "What each part reaches alone, and both.")]
+            figure("ablation", "What each part reaches alone, and both. Methods that count words "
+                               "learn from the validation part too, when all else is decided.")]
 
 
 def say_parts(m: Meta) -> str:
     """What the network adds to phrases that are counted."""
-    verdict = ("The network adds to what counted phrases tell" if m["wide_gain_low"] > 0 else
-               "The network takes from what counted phrases tell" if m["wide_gain_high"] < 0 else
-               "The network was not shown to add to what counted phrases tell")
-    return (f"{verdict}: {say_gain(m, 'wide')}. Of the lead of the predicted class over the "
-            f"others, {m['deep_share']:.0%} is the network's own, by attention; the rest is the "
-            "evidence of phrases. Attention shows the first alone, evidence shows both.")
+    verdict = ("The network adds to it" if m["wide_gain_low"] > 0 else
+               "The network takes from it" if m["wide_gain_high"] < 0 else
+               "The network was not shown to add to it")
+    return ("The wide part is logistic regression on phrases of one to four words and on pieces of "
+            f"words; its logits are added to the network's. {verdict}: {say_gain(m, 'wide')}. Of "
+            f"the lead of the predicted class over the others, {m['deep_share']:.0%} is the "
+            "network's own. Attention explains the network alone, evidence explains both.")
 
 
-def report_errors(folder: Path, evaluation: Evaluation) -> list[Block | None]:
+def report_errors(evaluation: Evaluation, figure: Any) -> list[Block | None]:
     """Where it errs."""
     by_class, caption, most = evaluation.by_class, "Each class", 40
     if len(by_class) > most:
         by_class = by_class.nsmallest(most, "f1")
         caption = f"The {most} classes with the lowest F1; all are in classes.csv"
-    worst = [f"Its surest mistakes; the surest of all: {v.predicted} {v.confidence:.0%} "
+    worst = [f"Its surest mistakes; the surest of all: {v.predicted} {v.confidence:.1%} "
              f"(true: {v.true})." for v in verdicts(evaluation, evaluation.mistakes[:1])]
-    return [
-        figure_block(folder / "confusion_matrix_norm.png", say_confusions(evaluation)),
-        figure_block(folder / "confusion_matrix.png", "The same in numbers of samples."),
-        table_block(caption, by_class),
-        figure_block(folder / "mistakes.png", "".join(worst)),
-        figure_block(folder / "sample_predictions.png", "Test samples drawn at random.")]
+    matrix = figure("confusion_matrix", say_confusions(evaluation))
+    table = table_block(caption, by_class.rename(columns={"auc": "AUC", "f1": "F1"}))
+    shown = (figure("mistakes", "".join(worst)),
+             figure("sample_predictions", "Test samples drawn at random."))
+    few = len(evaluation.classes) <= 5  # more do not fit side by side
+    return [*([columns_block(matrix, table)] if few else [matrix, table]), columns_block(*shown)]
 
 
-def report_explanations(m: Meta, maps: dict[str, Block]) -> list[Block]:
+def confusion_cells(evaluation: Evaluation, block: Block | None) -> Block | None:
+    """The confusion matrix as a table: a click on a cell shows its samples, the surest first."""
+    matrix, names, samples = evaluation.matrix, evaluation.classes, evaluation.data.samples
+    if block is None or len(names) > 20:
+        return block
+    each = max(1, min(6, 400 // int((matrix > 0).sum())))
+    rows, cells = list[list[Any]](), []
+    order = evaluation.confidence.argsort(descending=True, stable=True)
+    place = (evaluation.y * len(names) + evaluation.predicted)[order]
+    for a, name in enumerate(names):
+        rows.append([name])
+        for b, other in enumerate(names):
+            n, share = int(matrix[a, b]), matrix[a, b] / max(1, matrix[a].sum())
+            rows[-1].append({"n": f"{n:,}" if n else "", "share": share, "id": f"cell-{a}-{b}"})
+            if n:
+                some = order[place == a * len(names) + b][:each]
+                cells.append((f"cell-{a}-{b}", f"True: {name}. Predicted: {other}. The "
+                              f"{plural(len(some), 'surest', 'surest')} of {n:,}:",
+                              [samples.thumbnail(row) for row in evaluation.rows[some].tolist()]))
+    return {**block, "kind": "matrix", "columns": ["true \\ predicted", *names], "rows": rows,
+            "cells": cells, "caption": "Test samples, and their share of the row (the diagonal: "
+            "recall). A click on a number shows samples."}
+
+
+def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None],
+                        level: str) -> list[Block | None]:
     """Why it decides so, and whether the explanations can be trusted."""
-    blocks = []
-    for name, block in maps.items():
-        tested = f"{name}_over_random" in m
-        said = say_explanation(m, name) if tested else "It was not put to the test."
-        blocks += [{**block, "finding": f"{': '.join(EXPLANATIONS[name])}."}, text_block(said)]
+    blocks: list[Block | None] = []
+    for name in EXPLANATIONS:
+        if block := figures.get(name):
+            said = f"It was not put to the test (--report {level})."
+            if name in evaluation.deletion:
+                n = len(evaluation.deletion[name]["explained"])
+                said = say_explanation(evaluation.metrics, name, n)
+            blocks += [{**block, "finding": f"{': '.join(EXPLANATIONS[name])}."}, text_block(said)]
     return blocks
+
+
+def answer_questions(evaluation: Evaluation, settings: Meta) -> list[tuple[str, str]]:
+    """Questions that whoever marks this may ask, each with what this run's numbers say."""
+    m, history = evaluation.metrics, evaluation.history
+    smoothed, chosen = settings["label_smoothing"] > 0, "The best epoch and the temperature were " \
+        "chosen on the validation part"
+    if not m["val_samples"]:
+        chosen = "The last epoch was kept, and the temperature fitted on the held-out folds"
+    elif history["val_loss"].notna().sum() < 2:
+        chosen = "The weights of the last step were kept, and the temperature fitted on the " \
+            "validation part"
+    loss = ("Cross-entropy is the negative logarithm of the probability that the network gives "
+            "the true class. Its gradient does not vanish for mistakes that the network is sure "
+            "of, and it makes probabilities that can be checked (see Confidence).")
+    loss += (" Label smoothing keeps the network from growing too sure." if smoothed else
+             " To minimise it is maximum likelihood.")
+    said = [
+        ("Why this network?", f"It is {network_of(m)[0]}: {m['parameters']:,} parameters and "
+         f"{m['multiply_adds']:,} multiply-adds for one sample. {network_of(m)[1]} A simpler "
+         f"method reached: {'; '.join(say_baselines(m))}."),
+        ("Why this loss?", loss),
+        ("Was the test part used for any choice?", f"No. {chosen}; the test part was used only "
+         "after the training."),
+        ("Did it overfit?", say_overfitting(m, history)),
+        ("How sure is the result?", f"{m['test_accuracy']:.2%} was measured on "
+         f"{plural(m['test_samples'], 'sample')}, so the accuracy on such data in general is known "
+         f"only within an interval: {m['test_accuracy_low']:.2%} to {m['test_accuracy_high']:.2%}. "
+         "About 95 of 100 intervals made this way cover the truth, if samples are independent.")]
+    if len(evaluation.mistakes):
+        said.append(("Which mistakes does it make?", explain_mistakes(evaluation)))
+    return [*said, ("What would help?", " ".join(say_advice(m, history, settings))),
+            ("What are the limits of this result?", " ".join(say_limits(m, settings)))]
+
+
+def say_overfitting(m: Meta, history: pd.DataFrame) -> str:
+    """Whether it learnt its training samples rather than the task."""
+    _, low, _ = training_gap(m)
+    said = ("Yes, somewhat: it knows its training samples better than new ones."
+            if low > 0 else "Not measurably in the epoch that was kept.")
+    last = history.iloc[-1]
+    if m["best_epoch"] < len(history) and last["train_accuracy"] > last["val_accuracy"] + 0.1:
+        said += (f" Later epochs did: in the last, training was {last['train_accuracy']:.0%} and "
+                 f"validation {last['val_accuracy']:.0%}. The kept weights are from before.")
+    return f"{said} {say_gap(m)}"
+
+
+def say_limits(m: Meta, settings: Meta) -> list[str]:
+    """What this result does not show."""
+    said = ["It is one training: another seed gives another network, and --seeds 3 measures how "
+            "much that changes.", "Training and test part come from one source: elsewhere, "
+            "pictures or texts may differ."]
+    if m["stand_in"]:
+        said.insert(0, "The data is built in and easy: it shows that the program works, and no "
+                    "more.")
+    if m.get("near_repeats"):
+        said.append(f"{plural(m['near_repeats'], 'test sample')} nearly repeat training samples.")
+    failed = [EXPLANATIONS[name][0] for name in EXPLANATIONS
+              if f"{name}_over_random" in m and not passes_test(m, name)]
+    if failed:
+        said.append(f"Its explanation did not pass the test: {', '.join(failed)}.")
+    if m["test_samples"] < 300:
+        said.append(f"The test part is small ({plural(m['test_samples'], 'sample')}).")
+    return said
+
+
+def say_advice(m: Meta, history: pd.DataFrame, settings: Meta) -> list[str]:
+    """What the numbers suggest to do next; each only where its sign is there."""
+    said = []
+    learnt = max(m["train_accuracy"], history["train_accuracy"].max())
+    if not has_learned(m):
+        few = m["test_samples"] < 100 and m["commonest_gain"] > 0.2
+        said.append("More test samples." if few else "Check that the classes can be told from the "
+                    "samples, and that the labels are right.")
+    elif training_gap(m)[1] > 0:
+        said.append("More training data, or more variation of it: training samples are known "
+                    "better than new ones.")
+    elif learnt < 0.95:
+        said.append("A larger network (--width), more epochs or a larger --budget: it does not "
+                    "know its training samples yet.")
+    if small_pictures(m, settings):
+        said.append(PRETRAINED_HINT)
+    if m["suspect_labels"]:
+        said.append(f"Look at the {plural(m['suspect_labels'], 'suspect label')} in faults.csv.")
+    if m.get("baseline") and not m["baseline_gain_low"] > 0:
+        said.append(f"The simple method ({m['baseline']}) is not shown to be worse: take that, "
+                    "unless you need what only the network gives.")
+    if m["test_accuracy"] == 1:
+        said.append("No test sample is wrong: only harder or more test data could show more.")
+    return said or ["Nothing in these numbers points to one thing. --search tries other settings, "
+                    "judged on the validation part."]
+
+
+PRETRAINED_HINT = ("Of so few pictures, weights that have seen others usually make more: --model "
+                   "resnet18 --pretrained.")
+
+
+def small_pictures(m: Meta, settings: Meta) -> bool:
+    """Whether these are few pictures of the user's own, learnt from scratch."""
+    return bool(settings["task"] == "images" and m["train_samples"] < 10_000
+                and not settings["pretrained"] and not settings["init"])
+
+
+IN_TEX = str.maketrans({**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}",
+                        "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
+
+
+def write_hand_in(folder: Path, evaluation: Evaluation, title: str, cited: list[str]) -> None:
+    """What else goes into a written work: the matrix, tables for LaTeX, and the references."""
+    m = evaluation.metrics
+    counts, names = evaluation.matrix, evaluation.classes
+    counts, names = (counts, names) if len(names) <= 100 else condense(counts, names)
+    matrix = pd.DataFrame(counts, columns=names)
+    matrix.insert(0, "true \\ predicted", names, allow_duplicates=True)
+    write_csv(folder / "confusion_matrix.csv", matrix)
+    facts = pd.DataFrame(facts_block("", RESULT_FORMATS, m)["rows"], columns=["", "value"])
+    by_class = evaluation.by_class.rename(columns={"auc": "AUC", "f1": "F1"})
+    made = [table.to_latex(index=False, escape=True, float_format="%.3f", na_rep="--", caption=name)
+            for name, table in ((title.translate(IN_TEX), facts), ("Each class", by_class))]
+    write_text(folder / "tables.tex", "% \\usepackage{booktabs}\n" + "\n".join(made))
+    write_text(folder / "references.bib", "\n".join(
+        f"@misc{{{key},\n  author = {{{author}}},\n  title = {{{{{work.translate(IN_TEX)}}}}},\n"
+        f"  howpublished = {{{where}}},\n  year = {{{year}}}\n}}\n"
+        for key, (author, work, where, year) in ((key, BIBLIOGRAPHY[key]) for key in cited)))
+
+
+# A key of references.bib -> who, what, where, when.
+BIBLIOGRAPHY = {
+    "cifar10": ("Alex Krizhevsky", "Learning Multiple Layers of Features from Tiny Images",
+                "Technical report, University of Toronto", 2009),
+    "mnist": ("Yann LeCun and Léon Bottou and Yoshua Bengio and Patrick Haffner",
+              "Gradient-Based Learning Applied to Document Recognition",
+              "Proceedings of the IEEE 86(11)", 1998),
+    "sentiment": ("Andrew L. Maas and Raymond E. Daly and Peter T. Pham and Dan Huang and Andrew "
+                  "Y. Ng and Christopher Potts", "Learning Word Vectors for Sentiment Analysis",
+                  "ACL", 2011),
+    "fast": ("Keller Jordan", "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
+             "arXiv:2404.00498", 2024),
+    "lstm": ("Sepp Hochreiter and Jürgen Schmidhuber", "Long Short-Term Memory",
+             "Neural Computation 9(8)", 1997),
+    "transformer": ("Ashish Vaswani and others", "Attention Is All You Need", "NeurIPS", 2017),
+    "attention": ("Dzmitry Bahdanau and Kyunghyun Cho and Yoshua Bengio", "Neural Machine "
+                  "Translation by Jointly Learning to Align and Translate", "ICLR", 2015),
+    "wide": ("Heng-Tze Cheng and others", "Wide & Deep Learning for Recommender Systems",
+             "DLRS", 2016),
+    "muon": ("Keller Jordan and others", "Muon: An optimizer for hidden layers in neural networks",
+             "kellerjordan.github.io/posts/muon", 2024),
+    "adamw": ("Ilya Loshchilov and Frank Hutter", "Decoupled Weight Decay Regularization",
+              "ICLR", 2019),
+    "batchnorm": ("Sergey Ioffe and Christian Szegedy", "Batch Normalization: Accelerating Deep "
+                  "Network Training by Reducing Internal Covariate Shift", "ICML", 2015),
+    "smoothing": ("Christian Szegedy and others", "Rethinking the Inception Architecture for "
+                  "Computer Vision", "CVPR", 2016),
+    "temperature": ("Chuan Guo and Geoff Pleiss and Yu Sun and Kilian Q. Weinberger",
+                    "On Calibration of Modern Neural Networks", "ICML", 2017),
+    "gradcam": ("Ramprasaath R. Selvaraju and others", "Grad-CAM: Visual Explanations from Deep "
+                "Networks via Gradient-Based Localization", "ICCV", 2017),
+    "integrated": ("Mukund Sundararajan and Ankur Taly and Qiqi Yan",
+                   "Axiomatic Attribution for Deep Networks", "ICML", 2017),
+    "deletion": ("Vitali Petsiuk and Abir Das and Kate Saenko", "RISE: Randomized Input Sampling "
+                 "for Explanation of Black-box Models", "BMVC", 2018),
+    "sanity": ("Julius Adebayo and others", "Sanity Checks for Saliency Maps", "NeurIPS", 2018),
+    "confident": ("Curtis G. Northcutt and Lu Jiang and Isaac L. Chuang", "Confident Learning: "
+                  "Estimating Uncertainty in Dataset Labels", "JAIR 70", 2021),
+    "wilson": ("Edwin B. Wilson", "Probable Inference, the Law of Succession, and Statistical "
+               "Inference", "Journal of the American Statistical Association 22", 1927),
+    "newcombe": ("Robert G. Newcombe", "Interval Estimation for the Difference Between Independent "
+                 "Proportions", "Statistics in Medicine 17", 1998),
+    "paired": ("Alan Agresti and Yongyi Min", "Simple Improved Confidence Intervals for Comparing "
+               "Matched Proportions", "Statistics in Medicine 24", 2005),
+    "pytorch": ("Adam Paszke and others", "PyTorch: An Imperative Style, High-Performance Deep "
+                "Learning Library", "NeurIPS", 2019),
+    "sklearn": ("Fabian Pedregosa and others", "Scikit-learn: Machine Learning in Python",
+                "JMLR 12", 2011)}
+
+
+def references(evaluation: Evaluation, settings: Meta) -> list[str]:
+    """The keys of what this run has used."""
+    m, kinds = evaluation.metrics, " ".join(evaluation.layers.get("kind", ()))
+    text = evaluation.data.meta["kind"] == "text"
+    used = {settings["task"]: not m["stand_in"], m["model"]: True, "attention": text,
+            "wide": "deep_accuracy" in m, "muon": settings["optimizer"] == "muon", "adamw": True,
+            "batchnorm": "BatchNorm" in kinds, "smoothing": settings["label_smoothing"] > 0,
+            "temperature": True, "gradcam": "Conv2d" in kinds and not text,
+            "integrated": text or "Conv2d" not in kinds, "wilson": True, "newcombe": True,
+            "paired": True, "confident": True,
+            "deletion": bool(evaluation.deletion), "sanity": bool(evaluation.deletion),
+            "pytorch": True, "sklearn": True}
+    return [key for key, there in used.items() if there and key in BIBLIOGRAPHY]
 
 
 # -- several runs --------------------------------------------------------------------------------
 
 COMPARED_FORMATS = {  # column of comparison.csv -> how a person reads it
-    "label": "{}", "dataset": "{}", "test_accuracy": "{:.2%}", "test_accuracy_low": "{:.2%}",
-    "test_accuracy_high": "{:.2%}", "train_accuracy": "{:.2%}", "parameters": "{:,}",
-    "multiply_adds": "{:,}", "seconds_training": "{:.1f}", "samples_per_second": "{:,.0f}",
-    "latency_ms": "{:.3f}", "model_mb": "{:.2f}"}
-
-
-def markdown(text: str) -> str:
-    """What names hold stays text in a cell of Markdown."""
-    return re.sub(r"([\\`<>|\[\]])", r"\\\1", " ".join(text.split()))
+    "label": ("run", "{}"), "dataset": ("data", "{}"),
+    "test_accuracy": ("test accuracy", "{:.2%}"), "test_accuracy_low": ("95% low", "{:.2%}"),
+    "test_accuracy_high": ("95% high", "{:.2%}"), "train_accuracy": ("training", "{:.2%}"),
+    "parameters": ("parameters", "{:,}"), "multiply_adds": ("multiply-adds", "{:,}"),
+    "seconds_training": ("training s", "{:.1f}"), "samples_per_second": ("samples/s", "{:,.0f}"),
+    "latency_ms": ("ms a sample", "{:.3f}"), "model_mb": ("MiB", "{:.2f}")}
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -6468,7 +7313,7 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
         metrics["test"] = hash((metrics["dataset"], content, *tested["row"], *tested["true"]))
         if missing := {*COMPARED_FORMATS, "model", "stand_in"} - {"label"} - metrics.keys():
             raise ValueError(f"{min(missing)} is missing")
-        for key, form in COMPARED_FORMATS.items():
+        for key, (_, form) in COMPARED_FORMATS.items():
             value = metrics.get(key, "")
             if not (isinstance(value, str) if form == "{}" else
                     isinstance(value, int | float) and math.isfinite(value)):
@@ -6480,8 +7325,8 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
                          ) from problem
 
 
-def write_comparison(folders: list[Path], output_dir: Path) -> Path:
-    """comparison.html, .png, .md and .csv over several run folders; returns the .md."""
+def write_comparison(folders: list[Path], output_dir: Path) -> tuple[Path, str]:
+    """comparison.html, .png, .md and .csv over several run folders; the .md, and what to print."""
     metrics, right, histories = zip(*(read_run(folder) for folder in folders), strict=True)
     # The shortest names that tell the runs apart.
     ways = ([f"{m['task']} {m['model']}" for m in metrics], [folder.name for folder in folders],
@@ -6490,8 +7335,8 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
     runs = pd.DataFrame(metrics).assign(label=labels)
     verdicts = say_verdicts(runs, dict(zip(labels, right, strict=True)))
     nouns = {"image": "picture", "text": "text"}
-    costs = " ".join(f"One {nouns[run.kind]} costs {run.label} {run.multiply_adds / 1e6:.1f} "
-                     f"million multiply-adds and {run.latency_ms:.2f} ms."
+    costs = " ".join(f"{run.label} needs {run.multiply_adds / 1e6:.1f} million multiply-adds and "
+                     f"{run.latency_ms:.2f} ms for a {nouns[run.kind]}."
                      for run in runs.itertuples())
     report = fresh_path(output_dir / "comparison.md", lambda path: path.open("x").close())
     picture, curves = report.with_suffix(".png"), report.with_name(f"{report.stem}_curves.png")
@@ -6499,22 +7344,53 @@ def write_comparison(folders: list[Path], output_dir: Path) -> Path:
     write_csv(report.with_suffix(".csv"), runs[[*COMPARED_FORMATS]])
     plot_comparison(runs, picture, title)
     plot_histories(dict(zip(labels, histories, strict=True)), curves, title)
-    head, *rows = ([key.replace("_", " "), *runs[key].map(form.format)]
-                   for key, form in COMPARED_FORMATS.items())
-    rows.append(["folder", *map(str, folders)])
-    lines = [[*map(markdown, cells)] for cells in (head, ["---"] * len(head), *rows)]
-    write_text(report, "\n".join([
-        f"# {markdown(title)}", "", *(f"| {' | '.join(cells)} |" for cells in lines), "",
-        f"![comparison]({picture.name})", "",
-        *(f"- {markdown(line)}" for line in [*verdicts, costs]), ""]))
-    write_sections(report.with_suffix(".html"), title, {
+    table = pd.DataFrame({name: runs[key].map(form.format)
+                          for key, (name, form) in COMPARED_FORMATS.items()})
+    write_page(report.with_suffix(".html"), title, {
         "Verdict": [text_block(*verdicts)],
         "Accuracy and cost": [
             figure_block(picture, costs),
-            table_block("In numbers", pd.DataFrame(rows, columns=head)),
+            table_block("In numbers", table.assign(folder=[*map(str, folders)]).set_index(
+                "run").T.rename_axis("").reset_index()),
             figure_block(curves, "Validation loss and accuracy after each epoch.")]},
         [*runs[runs["stand_in"]]["dataset"]])
-    return report
+    lines = [*table.iloc[:, [0, 2, 3, 4, 6, 8]].to_string(index=False).splitlines(), ""]
+    for line in verdicts:
+        lines += textwrap.wrap(line, 79)
+    return report, "\n".join(lines)
+
+
+def write_seeds(folders: list[Path]) -> list[str]:
+    """A page, a table and a figure about one training with several seeds; returns the last lines.
+    """
+    metrics, _, histories = zip(*(read_run(folder) for folder in folders), strict=True)
+    runs, first, n = pd.DataFrame(metrics), metrics[0], len(folders)
+    accuracy = runs["test_accuracy"]
+    mean, spread = float(accuracy.mean()), float(accuracy.std())
+    half = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    inside = interval(max(0.0, mean - half), min(1.0, mean + half), "{:.2%}")
+    page = fresh_path(folders[0].with_name(f"{folders[0].name}-seeds.html"),
+                      lambda path: path.open("x").close())
+    name = f"{first['dataset']} · {first['model']}"
+    table = runs[["seed", "test_accuracy", "test_macro_f1", "train_accuracy", "val_accuracy",
+                  "best_epoch", "seconds_total"]].assign(folder=[*map(str, folders)])
+    write_csv(page.with_suffix(".csv"), table)
+    plot_histories({f"seed {seed}": history for seed, history in zip(
+        runs["seed"], histories, strict=True)}, page.with_suffix(".png"), f"{name}, {n} seeds")
+    said = [f"Test accuracy {mean:.2%} on average over {n} seeds, standard deviation "
+            f"{100 * spread:.2f} points (lowest {accuracy.min():.2%}, highest {accuracy.max():.2%}"
+            ").", f"Mean over all possible seeds: {inside} (Student's t). A seed changes the first "
+            "weights, the order of samples and the validation part. The test part is the same for "
+            "all: what another one would change is in the interval of each run."]
+    shown = table.assign(**{key: table[key].map("{:.2%}".format)
+                            for key in ("test_accuracy", "train_accuracy", "val_accuracy")})
+    write_page(page, f"{first['dataset']}: {network_of(first)[0]}, {n} seeds", {
+        "Result": [text_block(said[0], style="headline"), text_block(said[1])],
+        "Each seed": [table_block("On the same test samples", shown.rename(
+            columns=lambda key: key.replace("_", " "))), figure_block(
+                page.with_suffix(".png"), "Validation loss and accuracy after each epoch.")]},
+        [*runs[runs["stand_in"]]["dataset"]])
+    return [say(f"{n} seeds", said[0]), say("", said[1]), f"Report        {page.resolve()}"]
 
 
 # ================================================================================================
@@ -6666,8 +7542,9 @@ def verdicts(evaluation: Evaluation, where: Tensor) -> list[Verdict]:
                     float(evaluation.confidence[i])) for i in where.tolist()]
 
 
-def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dict[str, Block]:
-    """Every figure but the curves; returns the explanations as the report shows them."""
+def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation,
+                  level: str = "full") -> dict[str, Block | None]:
+    """Every figure but the curves, as the report shows them."""
     title, samples, name = evaluation.title, evaluation.data.samples, evaluation.data.name
     many, few, worst = samples.shown
     # A resumed run may have none of these any more.
@@ -6675,10 +7552,7 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dic
         (folder / f"{old}.png").unlink(missing_ok=True)
     matrix, classes = condense(evaluation.matrix, evaluation.classes)
     several = "\nthe classes with the most mistakes" * (len(matrix) < len(evaluation.matrix))
-    plot_confusion(matrix, classes, folder / "confusion_matrix.png", title + several,
-                   normalise=False)
-    plot_confusion(matrix, classes, folder / "confusion_matrix_norm.png", title + several,
-                   normalise=True)
+    plot_confusion(matrix, classes, folder / "confusion_matrix.png", title + several)
     plot_reliability(calibration_bins(probabilities(evaluation.logits, 1.0), evaluation.y),
                      calibration_bins(evaluation.probs, evaluation.y),
                      folder / "reliability.png", title)
@@ -6688,11 +7562,15 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dic
         plot_deletion(evaluation.deletion, folder / "deletion.png", title)
     if evaluation.folds:
         plot_histories(evaluation.folds, folder / "folds.png", f"{name}, the folds")
+    blocks: dict[str, Block | None] = {}
 
     def show(picture: str, rows: Any, captions: list[Verdict], heading: str) -> None:
         if len(captions):
-            samples.plot_samples(torch.as_tensor(rows), captions, folder / picture, heading)
+            blocks[picture.removesuffix(".png")] = samples.plot_samples(
+                torch.as_tensor(rows), captions, folder / picture, heading)
 
+    if level != "minimal":
+        describe_with_figures(folder, model, evaluation, show)
     some, mistakes = evaluation.random_rows(many, seed=1), evaluation.mistakes[:many]
     show("sample_predictions.png", evaluation.rows[some], verdicts(evaluation, some),
          f"{title}\ntest samples drawn at random")
@@ -6709,7 +7587,51 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation) -> dic
         (row.other_row, Verdict(f"training:\n{row.other_class}")))]
     show("near_repeats.png", [row for row, _ in pairs], [verdict for _, verdict in pairs],
          f"{name}\ntest samples beside the training samples that they nearly repeat")
-    return explain_some(folder, model, evaluation, few, worst)
+    blocks |= explain_some(folder, model, evaluation, few, worst)
+    blocks = {path.stem: figure_block(path) for path in folder.glob("*.png")} | blocks
+    blocks["confusion_matrix"] = confusion_cells(evaluation, blocks["confusion_matrix"])
+    return blocks
+
+
+def describe_with_figures(folder: Path, model: nn.Module, evaluation: Evaluation,
+                          show: Callable[..., None]) -> None:
+    """Figures of the data and of the network."""
+    data, title, name = evaluation.data, evaluation.title, evaluation.data.name
+    samples, classes, rows = data.samples, evaluation.classes, data.parts["train"]
+    counts = {part: data.labels[data.parts[part]].bincount(minlength=len(classes)).numpy()
+              for part in PARTS}
+    order = np.argsort(-counts["train"], kind="stable")[:40]
+    parts = zip(("training", "validation", "test"), counts.values(), strict=True)
+    plot_balance({part: some[order] for part, some in parts}, [classes[i] for i in order],
+                 folder / "class_balance.png", f"{name}\nsamples of each class"
+                 + ": the 40 largest" * (len(classes) > 40))
+    random = torch.Generator().manual_seed(4)
+    some = rows[torch.randperm(len(rows), generator=random)[:samples.shown[0]]]
+    show("training_samples.png", some, [Verdict(classes[data.labels[row]])
+                                        for row in some.tolist()],
+         f"{name}\ntraining samples drawn at random")
+    worst = evaluation.by_class.nsmallest(10, "auc").index
+    plot_roc({f"{classes[k]} ({evaluation.by_class['auc'][k]:.3f})": roc_and_precision(
+        evaluation, k) for k in sorted(worst)}, folder / "roc_pr.png", title
+        + "\nthe ten classes with the lowest AUC" * (len(classes) > 10))
+    x = samples.batch(rows[:1])
+    if isinstance(samples, TextData):
+        plot_lengths(samples.length[rows].numpy(), data.meta["max_tokens"],
+                     folder / "text_lengths.png", f"{name}\nwords of a training text")
+    else:
+        row = int(evaluation.rows[evaluation.random_rows(1, seed=5)])
+        maps = feature_maps(model, samples.batch(torch.tensor([row])))
+        shown = [(picture, Verdict(caption)) for layer, some in maps.items()
+                 for picture, caption in ((samples.show(row), layer.replace(" ", "\n")), *(
+                     (as_grey(each), f"map {i}") for i, each in enumerate(some, 1)))]
+        if shown:
+            pictures, captions = zip(*shown, strict=True)
+            plot_pictures(pictures, captions, folder / "feature_maps.png",
+                          f"{name} · {data.meta['model']}\nfeature maps of a test picture")
+    if len(evaluation.layers):
+        given = "words" if x.ndim == 2 else " x ".join(map(str, x.shape[1:]))
+        plot_architecture(evaluation.layers, given,
+                          folder / "architecture.png", f"{name} · {data.meta['model']}")
 
 
 def explain_some(folder: Path, model: nn.Module, evaluation: Evaluation, few: int,
@@ -6997,9 +7919,10 @@ def print_start(run: Run, said: str, resumed: bool) -> None:
             ("Skipped", f"{say_skipped(skipped)}; listed in skipped.csv" if skipped else ""),
             ("Start", said), ("Device", machine.describe()), ("Folder", str(run.folder.resolve())),
             ("Resume", f"after {state.progress}" if resumed else ""),
-            ("Time", run.budget.forecast(data, config, state.epoch) + "\n")):
+            ("Time", run.budget.forecast(data, config, state.epoch))):
         if line:
-            log(f"{head:8}{line}")
+            log(f"{head:8}{line}" if head == "Folder" else say(head, line, 8))
+    log("")
 
 
 def log_epoch(run: Run, state: TrainState) -> None:
@@ -7010,9 +7933,9 @@ def log_epoch(run: Run, state: TrainState) -> None:
     epochs = state.epoch + math.ceil(more - 0.01)
     validation = best = ""
     if not math.isnan(row["val_loss"]):
-        balanced = " balanced" * (config.class_weights == "balanced")
+        name = "balanced" if config.class_weights == "balanced" else "validation"
         shown = row[judged_by(config.class_weights)]
-        validation = f"validation {row['val_loss']:.3f} {shown:6.1%}{balanced}   "
+        validation = f"{name} {row['val_loss']:.3f} {shown:6.1%}   "
         best = "" if state.epochs_since_best else "   best"
     run.log(f"epoch {state.epoch:>{len(str(epochs))}}/{epochs}   train {row['train_loss']:.3f} "
             f"{row['train_accuracy']:6.1%}   {validation}{row['seconds']:6.1f} s{best}")
@@ -7140,10 +8063,10 @@ def evaluate_and_write(run: Run, held_out: HeldOut | None = None) -> None:
         run.budget.lap("checks")
         write_progress(run.folder, run.state, evaluation.title)
         write_tables(run.folder, evaluation)
-        maps = write_figures(run.folder, run.state.model, evaluation)
+        figures = write_figures(run.folder, run.state.model, evaluation, run.config.report)
         run.metrics |= {"peak_memory_mb": peak_memory_mb(run.context.machine),
                         **run.seconds("figures")}
-        write_report(run.folder, evaluation, maps, dataclasses.asdict(run.config))
+        write_report(run.folder, evaluation, figures, dataclasses.asdict(run.config))
     if run.lost:
         run.log(f"WARNING  {say_lost(run)}; what fits is kept")
 
@@ -7178,19 +8101,20 @@ def evaluate_run(run: Run, held_out: HeldOut | None) -> tuple[Evaluation, HeldOu
     size = save_file(run.folder / "model.pt", {"format": MODEL_FORMAT, "meta": data.meta,
                                                "weights": copy_weights(state.model, "cpu")})
     commonest = int(data.labels[rows].bincount().argmax())
+    cost, layers = measure_cost(state, data, machine)
     m |= {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]), "temperature": temperature,
           "train_accuracy": seen["test_accuracy"], "train_loss": seen["test_loss"],
           "val_accuracy": unseen["test_accuracy"], "val_loss": unseen["test_loss"],
           **measure(logits, y, temperature),
           **paired_gain(logits.argmax(1) == y, y == commonest, "commonest"), **parts,
-          **measure_cost(state, data, machine),
+          **cost,
           "model_mb": round(size / 2**20, 3),
           "seconds_data": round(state.seconds_data, 2)}
     if held_out.histories:
         last = [history["val_accuracy"].iloc[-1] for history in held_out.histories.values()]
         m |= {"folds": len(last), "folds_accuracy": float(np.mean(last)),
               "folds_spread": float(np.std(last, ddof=1))}
-    return Evaluation(m, data, pd.DataFrame(state.history), logits,
+    return Evaluation(m, data, pd.DataFrame(state.history), logits, layers,
                       folds=held_out.histories), held_out
 
 
@@ -7271,28 +8195,30 @@ def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut, prints: dict
 
 def print_summary(run: Run) -> None:
     """The last lines: the result, where it is, and what one would do next."""
-    m, data, folder, blank = run.metrics, run.context.data, run.folder, " " * 14
+    m, data, folder = run.metrics, run.context.data, run.folder
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
-    lines = [f"\nTest accuracy {m['test_accuracy']:.2%} ({sides}, {m['test_samples']:,} samples) "
-             f"with the weights of epoch {m['best_epoch']}"]
+    said = [("\nTest accuracy", f"{m['test_accuracy']:.2%} of {m['test_samples']:,} ({sides}), "
+             f"weights of epoch {m['best_epoch']}")]
     without = m["test_accuracy_without_repeats"]
     if without is None:
-        lines.append(f"{blank}every test sample was trained on too: this says nothing about new "
-                     "ones")
+        said.append(("", "every test sample was trained on too: this says nothing about new ones"))
     elif m["test_repeats"]:
-        lines.append(f"{blank}{without:.2%} without the {plural(m['test_repeats'], 'test sample')} "
-                     "that it was trained on too")
+        said.append(("", f"{without:.2%} without the {plural(m['test_repeats'], 'test sample')} "
+                     "that it was trained on too"))
     simplest, *others = say_baselines(m)
-    lines += [] if has_learned(m) else [f"{blank}nothing learned: {simplest}"]
-    lines += [f"{m['folds']} folds       {say_folds(m)}"] if "folds" in m else []
-    lines += ["Baseline      " + line.replace(": ", f":\n{blank}", 1) for line in others]
-    lines += [f"Time          {m['seconds_total']:.0f} s, {m['seconds_training']:.0f} s of it "
-              "training", f"Results       {folder.resolve()}"]
-    if not run.lost:
-        lines += [f"Report        {(folder / 'report.html').resolve()}",
-                  f"Next          {this_command()} --predict {data.samples.example} --run "
-                  f"{quoted(folder)}"]
-    lines += [f"Note          trained on {data.name}"] if data.stand_in_slug else []
+    said += [] if has_learned(m) else [("", f"nothing learned: {simplest}")]
+    said += [(f"{m['folds']} folds", say_folds(m))] if "folds" in m else []
+    said += [("Baseline", line) for line in others]
+    said += [("Time", f"{m['seconds_total']:.0f} s, {m['seconds_training']:.0f} s of it training")]
+    said += [("Hint", PRETRAINED_HINT)] if small_pictures(m, dataclasses.asdict(run.config)) else []
+    lines = [say(head, text, 15 if head[:1] == "\n" else 14) for head, text in said]
+    if run.lost:
+        lines.append(f"Results       {folder.resolve()}")
+    else:
+        example = data.samples.example_of(int(data.parts["test"][0]))
+        lines += [f"Report        {(folder / 'report.html').resolve()}", "Next",
+                  f"  {this_command()} --predict {example} --run {quoted(folder)}"]
+    lines += [say("Note", f"trained on {data.name}")] if data.stand_in_slug else []
     run.log("\n".join(lines))
 
 
@@ -7300,7 +8226,7 @@ def print_summary(run: Run) -> None:
 
 # What --resume may change without changing the past.
 RESUMABLE_SETTINGS = ("epochs", "patience", "device", "data_dir", "mirror", "output_dir",
-                      "checkpoint_every", "tensorboard")
+                      "checkpoint_every", "tensorboard", "title", "author", "course")
 
 
 def refuse_settings(given: Meta, job: str, allowed: Sequence[str] = ()) -> None:
@@ -7321,23 +8247,48 @@ def train_all(given: Meta, log: Log) -> None:
     for place, one in enumerate(each):
         if budget.seconds:  # 5 seconds are for the comparison
             one["budget"] = f"{max(1, (budget.left - 5) / (len(each) - place)):.0f}s"
-        log("=" * 80)
+        log("=" * 79)
         runs.append(train_run(one, log))
         log.attach(None)
     if join_group().is_leader:
-        log("=" * 80)
+        log("=" * 79)
         show_comparison(runs, runs[0].parent, log)
+
+
+def train_seeds(many: int, given: Meta, log: Log) -> None:
+    """The same run with several seeds, then one page about all; each gets a share of a budget."""
+    if not 2 <= many <= 100:
+        raise UsageError(f"--seeds {many}: give 2 to 100")
+    if given.get("task") == "all":
+        raise UsageError("--seeds takes one --task at a time, not all")
+    budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
+    budget.seconds = parse_seconds(given["budget"]) if "budget" in given else 0.0
+    config = resolve_config(given)  # refuses before the first has trained for minutes
+    log(f"Seeds   {config.seed} to {config.seed + many - 1}: {many} trainings one after another, "
+        f"which take {many} times as long as one")
+    runs = []
+    for place in range(many):
+        one = {**given, "seed": config.seed + place}
+        if budget.seconds:  # 5 seconds are for the page
+            one["budget"] = f"{max(1, (budget.left - 5) / (many - place)):.0f}s"
+        log("=" * 79)
+        runs.append(train_run(one, log))
+        log.attach(None)
+    if join_group().is_leader:
+        log("=" * 79)
+        for line in write_seeds(runs):
+            log(line)
 
 
 def show_comparison(runs: list[Path], output_dir: Path, log: Log) -> None:
     """Compare finished runs, and say what came out."""
-    report = write_comparison(runs, output_dir)
-    log(report.read_text("utf-8"))
-    log(f"Comparison    {report.with_suffix('.html').resolve()}, .png, .md and .csv beside it")
+    report, said = write_comparison(runs, output_dir)
+    log(f"\n{said}\n")
+    log(f"Comparison    {report.with_suffix('.html').resolve()}")
     names = dict.fromkeys(m["dataset"] for m in (read_json(run / "metrics.json") for run in runs)
                           if m["stand_in"])
     if names:
-        log(f"Note          trained on {', '.join(names)}")
+        log(say("Note", f"trained on {', '.join(names)}"))
 
 
 def compare(runs: list[Path], given: Meta, log: Log) -> None:
@@ -7444,6 +8395,15 @@ class Predictor:
         self.problems: Skipped = []  # what could not be read
         self.seen: dict[str, list[Tensor]] = defaultdict(list)  # statistics, for the drift
 
+    @functools.cached_property
+    def doubted(self) -> list[str]:
+        """The explanations that failed their test when the run was evaluated."""
+        with contextlib.suppress(UsageError, KeyError, TypeError):  # only model.pt has to be there
+            m = read_json(self.run / "metrics.json")
+            return [name for name in EXPLANATIONS
+                    if f"{name}_over_random" in m and not passes_test(m, name)]
+        return []
+
     def pack(self, samples: Sequence[Any]) -> Samples:
         """Samples as `kind.read_inputs` gives them, ready to be cut into batches."""
         return self.kind(self.kind.pack(samples), self.meta).to(self.machine.device)
@@ -7503,6 +8463,7 @@ class Predictor:
         for method, strength in maps.items():
             place = path.with_name(f"{path.name}-{method}")
             title = f"{self.run.name} · {self.meta['model']}\n{': '.join(EXPLANATIONS[method])}"
+            title += f"\n{DOUBT}" * (method in self.doubted)
             samples.write_maps(rows, notes, [[label] for label in some["predicted"]],
                                strength[None], place, title + which)
             written.append(place.with_suffix(".png" if pictures else ".html"))
@@ -7535,6 +8496,9 @@ def check_output(output: Path, taken: list[Path]) -> None:
         raise UsageError(f"--output {output}: {why}")
 
 
+MOST_LINES = 20  # of predictions on the screen
+
+
 def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path | None = None,
             explain: bool = False) -> None:
     """Class and probability for pictures or texts: on the screen, or in a table."""
@@ -7547,12 +8511,14 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
     ready = Predictor(run, start_machine(Config(**{"precision": "fp32", **given})))
     ready.meta["column_asked_for"] = given.get("text_column", "")
     tables, written, scores = list[pd.DataFrame](), list[Path](), list[pd.DataFrame]()
+    found = 0
     for samples, table in ready.predict(arguments):
         if "label" in table:
             scores.append(score(ready, samples, table))
         if not output:
-            for row in range(len(table)):
+            for row in range(min(len(table), MOST_LINES - found)):
                 log(say_prediction(ready, samples, row, table.iloc[row]))
+            found += len(table)
             continue
         if explain and not tables:  # as many as in a report, spread over what comes first
             most = min(sum(ready.kind.shown[1:]), len(table))
@@ -7566,6 +8532,12 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         listed = ", ".join(f"{n:,} {name}" for name, n in times.most_common(10))
         log(f"{plural(times.total(), 'prediction')}: {listed}{' ...' * (len(times) > 10)}")
         written = [output, *written]
+    if found > MOST_LINES:
+        log(f"... and {found - MOST_LINES:,} more; --output predictions.csv writes all of them")
+    if ready.kind is TextData and not output and "attention" in ready.doubted:
+        log(f"WARNING  the words that weighed most are attention's, and {DOUBT}")
+    for name in ready.doubted if written else ():
+        log(f"WARNING  {EXPLANATIONS[name][0]}: {DOUBT}")
     for name, why in ready.problems[:5]:
         log(f"WARNING  {name}: {why}")
     if (more := len(ready.problems) - 5) > 0:
@@ -7968,7 +8940,10 @@ def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -
               "probabilities": dict(zip(ready.classes, rounded, strict=True))}
     if explain:
         label = torch.tensor([best], device=ready.machine.device)
-        answer |= samples.explain_for_server(ready.model, torch.tensor([0]), label)[0]
+        why = samples.explain_for_server(ready.model, torch.tensor([0]), label)[0]
+        if any(why["method"].startswith(EXPLANATIONS[name][0]) for name in ready.doubted):
+            why["method"] += f"; {DOUBT}"
+        answer |= why
     return answer
 
 
@@ -8662,23 +9637,46 @@ def train_from_keywords(asked: dict[str, Any], log: Log) -> Result:
 
 FLAG_GROUPS = {"task": "what to train", "data": "data", "budget": "training",
                "device": "machine and output"}  # the first setting of a group -> its heading
-JOBS = ("predict", "evaluate", "serve", "export", "compare", "resume", "config", "search")
+JOBS = ("predict", "evaluate", "serve", "export", "compare", "resume", "config", "search", "seeds")
+# What --help shows; --help-all shows the rest too.
+COMMON = ("task", "data", "data_dir", "model", "budget", "epochs", "device", "title", "author",
+          "course", "output_dir", "predict", "run", "output", "compare", "resume", "seeds", "serve",
+          "help", "help_all")
 FLAG_JOBS = {"run": ("predict", "evaluate", "serve", "export"), "output": ("predict",),
          "explain": ("predict",), "port": ("serve",), "host": ("serve",), "storage": ("search",)}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but errors become UsageError."""
+    """argparse, but errors become UsageError, and its help is short unless all is asked for."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(f"{message} (--help lists every flag)")
+        raise UsageError(f"{message} (--help-all lists every flag)")
+
+    def shorten(self) -> None:
+        """Leave out of the help what few people need."""
+        for action in self._actions:
+            if action.dest not in COMMON:
+                action.help = argparse.SUPPRESS
+
+
+class Help(argparse.Action):
+    """--help and --help-all."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if self.dest == "help":
+            parser.shorten()
+        parser.print_help()
+        parser.exit()
 
 
 def build_parser() -> Parser:
     """Flags derived from Config's fields, and those that say what to do."""
-    parser = Parser(prog=Path(__file__).name, allow_abbrev=False,
+    parser = Parser(prog=Path(__file__).name, allow_abbrev=False, add_help=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description=(__doc__ or "").split("\n\nEverything")[0])
+                    usage="%(prog)s [--task TASK] [flags]",
+                    # Without the command itself the examples fit 80 columns.
+                    description=(__doc__ or "").split("\n\nEverything")[0].replace(
+                        "  python deep_learning_deliverable.py ", "  "))
     by_task = {key for task in TASKS.values() for key in (*task.defaults, *task.offline_defaults)}
     by_task |= {key for recipe in RECIPES.values() for key in recipe}
     # A setting is typed once, in Config: its flag, help, type and checks all follow from there.
@@ -8724,9 +9722,14 @@ def add_jobs(group: Any) -> None:
         help=f"--run's model as a file for other programs: {', '.join(EXPORT_PACKAGES)}")
     add("--compare", nargs="+", type=Path, metavar="RUN", help="finished runs against each other")
     add("--resume", type=Path, metavar="RUN", help="continue this run in its folder")
+    add("--seeds", type=int, metavar="N", help="train with so many seeds one after another: mean "
+        "and spread on one page, in N times the time")
     add("--config", type=Path, metavar="FILE", help="repeat a run from its config.json")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"deep_learning_deliverable {VERSION}")
+    add("--help", "-h", action=Help, nargs=0, default=argparse.SUPPRESS,
+        help="this, with the flags that most people need")
+    add("--help-all", action=Help, nargs=0, default=argparse.SUPPRESS, help="every flag")
 
 
 def parse_job(argv: list[str]) -> tuple[str, argparse.Namespace]:
@@ -8738,7 +9741,7 @@ def parse_job(argv: list[str]) -> tuple[str, argparse.Namespace]:
         meant = (f" (did you mean --task {word}?)" if word in TASKS else
                  " (did you mean --task?)" if word in ("train", "fit") else
                  nearest("--" + word.lstrip("-"), flags))
-        raise UsageError(f"unknown argument {word}{meant} (--help lists every flag)")
+        raise UsageError(f"unknown argument {word}{meant} (--help-all lists every flag)")
     asked = {name for name, value in vars(args).items() if value is not None and value is not False}
     jobs = [name for name in JOBS if name in asked]
     if len(jobs) > 1:
@@ -8772,6 +9775,8 @@ def run_command(argv: list[str], log: Log) -> None:
         compare(args.compare, given, log)
     elif job == "search":
         search(args.search, args.storage, given, log)
+    elif job == "seeds":
+        train_seeds(args.seeds, given, log)
     elif given.get("task") == "all" and not job:
         train_all(given, log)
     else:

@@ -322,7 +322,7 @@ def test_a_disk_that_fills_costs_what_does_not_fit_alone(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     flags = ["--task", "mnist", "--data", "offline", *SHORT, "--width", "128"]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a larger file does not fit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, hard))  # a larger file does not fit
     try:
         out = said(capsys, *flags, code=1)
     finally:
@@ -427,7 +427,7 @@ def test_what_is_printed_or_written_commands_nothing(tmp_path, finished, undrawn
                      ""]
     for name in ("a|b`c<i>", "[x](y)"):
         shutil.copytree(finished["mnist"], tmp_path / name)
-    report = dld.write_comparison([tmp_path / "a|b`c<i>", tmp_path / "[x](y)"], tmp_path)
+    report, _ = dld.write_comparison([tmp_path / "a|b`c<i>", tmp_path / "[x](y)"], tmp_path)
     text = report.read_text("utf-8")
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.replace(r"\|", "").count("|") for line in rows} == {4}

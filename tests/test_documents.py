@@ -1,6 +1,7 @@
 """What the documents say is what a run writes."""
 import re
 
+import pytest
 from conftest import ROOT, dld, metrics_of
 
 # Files and keys of runs that are not among the finished ones.
@@ -33,8 +34,22 @@ def test_the_readme_names_only_flags_that_there_are():
     parser = dld.build_parser()
     flags = {option for action in parser._actions for option in action.option_strings}
     text = (ROOT / "README.md").read_text("utf-8")
-    others = {"--standalone", "--nproc-per-node", "--dist", "--data-binary",
-              "--logdir", "--budgets"}
+    others = {"--nproc-per-node", "--dist", "--data-binary", "--index-url"}
+    assert len(text.splitlines()) <= 220 and len(text.encode()) <= 14_000, "three screens"
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags | others
 
 
+def test_help_fits_a_screen_and_help_all_names_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            dld.main([flag])
+        assert end.value.code == 0
+        shown[flag] = capsys.readouterr().out
+    lines = shown["--help"].splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 96
+    flags = {option for action in dld.build_parser()._actions for option in action.option_strings}
+    assert {*re.findall(r"^  (--[a-z-]+)", shown["--help-all"], re.M)} == flags - {"-h", *(
+        flag for flag in flags if flag.startswith("--no-"))}
+    assert 15 <= len(re.findall(r"^  --[a-z-]+", shown["--help"], re.M)) <= 22

@@ -23,6 +23,11 @@ RUNS = pd.DataFrame({"label": ["cifar10 classic", "mnist mlp"], "test_accuracy":
                      "seconds_training": 10.0, "parameters": 10**6, "multiply_adds": 10**7,
                      "latency_ms": 1.5, "samples_per_second": 2000.0})
 
+LAYERS = pd.DataFrame({"layer": [f"body.{i}" for i in range(8)], "kind": "ConvolutionOfManyKinds",
+                       "output": "256 x 112 x 112", "parameters": 12_345_678, "multiply_adds": 9})
+CURVE = (np.array([0, 0.2, 1]), np.array([0, 0.8, 1]), np.array([0.5, 0.9, 1]),
+         np.array([1, 0.8, 0]))
+
 DRAW = {
     "curves": (dld.plot_curves, HISTORY, 4),
     "one epoch, no validation": (dld.plot_curves, HISTORY[:1].assign(
@@ -39,6 +44,11 @@ DRAW = {
                     dld.calibration_bins(SURE[:1], Y[:1])),
     "deletion": (dld.plot_deletion, {"attention": FALLS, "evidence": FALLS}),
     "comparison": (dld.plot_comparison, RUNS),
+    "roc": (dld.plot_roc, {"$a$ (0.910)": CURVE, "b (nan)": (np.full(1, np.nan),) * 4}),
+    "balance": (dld.plot_balance, {part: np.array([50, 9, 700]) for part in ("a", "b", "c")},
+                ["bird", "a class with a rather long name", "$x$"]),
+    "lengths": (dld.plot_lengths, np.arange(1000), 400),
+    "architecture": (dld.plot_architecture, LAYERS, "3 x 224 x 224"),
 }
 
 
@@ -46,10 +56,9 @@ DRAW = {
 def test_figures_are_drawn(what, tmp_path, monkeypatch):
     monkeypatch.setattr(dld, "FIGURE_DPI", 100)  # a coarse one cuts through its own frames
     plot, *given = DRAW[what]
-    more = [True] if plot is dld.plot_confusion else []  # in shares of the row
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plot(*given, tmp_path / "a.png", "title", *more)
+        plot(*given, tmp_path / "a.png", "title")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with Image.open(tmp_path / "a.png") as picture:
         inches = picture.width / dld.FIGURE_DPI, picture.height / dld.FIGURE_DPI

@@ -106,7 +106,28 @@ def test_multiply_adds_are_what_the_layers_do():
     convolutions = zip((32, 16, 8, 4), (3, 32, 64, 128), (32, 64, 128, 256), strict=True)
     by_hand = sum(side * side * before * 9 * width for side, before, width in convolutions)
     by_hand += 1024 * 512 + 512 * 128 + 128 * 10
-    assert dld.count_multiply_adds(dld.build_model(meta), torch.zeros(1, 3, 32, 32)) == by_hand
+    model = dld.build_model(meta)
+    layers = dld.measure_layers(model, torch.zeros(1, 3, 32, 32))
+    assert layers["multiply_adds"].sum() == by_hand
+    assert layers["parameters"].sum() == sum(p.numel() for p in model.parameters())
+    assert (layers["kind"] == "Conv2d").sum() == 4 and layers["output"].iloc[-1] == "10"
+    blocks = dld.measure_layers(model, torch.zeros(1, 3, 32, 32), most=10)
+    assert blocks.equals(layers), "nothing to put together: no layer is inside a block"
+
+
+@pytest.mark.parametrize(("model", "blocks"), [("lstm", 0), ("transformer", 0), ("resnet18", 40)])
+def test_layers_leave_out_no_weight_and_large_networks_are_shown_in_blocks(model, blocks):
+    words = [f"w{i}" for i in range(20)]
+    kind = "image" if blocks else "text"
+    meta = {"kind": kind, "model": model, "channels": 3, "side": 32, "classes": ["a", "b"],
+            "dropout": 0.5, "vocabulary": words, "max_tokens": 8, "pairs": 64, "width": 16,
+            "wide": (8, 20)}
+    network = dld.build_model(meta)
+    x = torch.ones(1, 3, 32, 32) if blocks else torch.ones(1, 6, dtype=torch.int32)
+    layers = dld.measure_layers(network, x)
+    assert layers["parameters"].sum() == sum(p.numel() for p in network.parameters())
+    assert len(layers) <= 40 and layers["multiply_adds"].sum() > 0
+    assert not blocks or {"BasicBlock", "Linear"} <= {*layers["kind"]}
 
 
 def test_the_gain_over_the_baseline_has_a_paired_interval():

@@ -11,7 +11,7 @@ from PIL import Image
 torture.matplotlib.figure.Figure.savefig = lambda figure, file, **more: (
     Image.new("L", (8, 8)).save(file, "png"))
 torture.CASES["mnist"] = ["--task", "mnist", "--width", "64", "--limit", "300", "--epochs", "8",
-                          "--schedule", "plateau"]
+                          "--schedule", "constant"]
 print(torture.torture(2, ["mnist"], seed=0, each=2))"""
 
 

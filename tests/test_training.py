@@ -80,7 +80,7 @@ class Stopping(dld.Checkpointer):
 def test_a_resumed_training_ends_with_the_same_bits(task, request, tmp_path):
     raw = request.getfixturevalue(RAW[task])
     raw = with_unlabelled(raw) if task == "sentiment" else raw
-    schedule = "plateau" if task == "mnist" else "linear"
+    schedule = "constant" if task == "mnist" else "linear"
     config = small(task, limit=150, epochs=2, batch_size=40, schedule=schedule)
     path = tmp_path / "checkpoint.pt"
     for steps in (3, 2):  # an epoch has four or more
@@ -112,10 +112,10 @@ def test_muon_steps_equally_far_in_all_directions_and_keeps_each_weights_length(
     assert after.max() < 1.4 and after.max() / after.min() < before.max() / before.min() / 2
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "onecycle", "plateau", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "onecycle", "constant"])
 def test_schedules_warm_up_and_end_where_they_should(schedule):
     config = small("mnist", lr=0.1, schedule=schedule)
-    rates = [dld.learning_rate(config, step / 1000, 1.0) for step in range(1000)]
+    rates = [dld.learning_rate(config, step / 1000) for step in range(1000)]
     falls = schedule in ("cosine", "onecycle", "linear")
     assert rates[0] < 0.01 or schedule == "linear"
     assert max(rates) == pytest.approx(0.1, rel=0.01)

@@ -121,7 +121,7 @@ def test_the_report_says_what_each_part_adds_unless_there_is_one_part(finished, 
                                                                       undrawn):
     run = finished["sentiment"]
     m, page = metrics_of(run), (run / "report.html").read_text("utf-8")
-    assert "What each part adds" in page and (run / "ablation.png").exists()
+    assert "Ablation" in page and (run / "ablation.png").exists()
     for name in ("wide", "deep", "commonest", "baseline"):
         assert f"{m[f'{name}_accuracy']:.2%}" in page
         assert m["test_accuracy"] - m[f"{name}_accuracy"] == pytest.approx(m[f"{name}_gain"])
@@ -132,7 +132,7 @@ def test_the_report_says_what_each_part_adds_unless_there_is_one_part(finished, 
     given |= {"output_dir": str(tmp_path), "data": "offline", "report": "minimal"}
     alone = dld.train_run(given, dld.Log(quiet=True))
     assert "deep_accuracy" not in metrics_of(alone) and not (alone / "ablation.png").exists()
-    assert "What each part adds" not in (alone / "report.html").read_text("utf-8")
+    assert "Ablation" not in (alone / "report.html").read_text("utf-8")
 
 
 def test_with_folds_each_has_a_wide_part_of_its_own(tmp_path, undrawn, monkeypatch):

@@ -31,11 +31,11 @@ def mirror_at_random(self, rows, noise=None, epoch=0, shard=slice(None), batch=d
     return batch(self, rows, noise, epoch if noise is None else int(torch.randint(2, ())), shard)
 
 
-def rex(config, done, plateau):
+def rex(config, done):
     return config.lr * (1 - done) / (1 - done / 2)
 
 
-def warm_up(config, done, plateau):
+def warm_up(config, done):
     return config.lr * min(done / 0.15, (1 - done) / 0.85)
 
 
@@ -45,7 +45,7 @@ def shift_less(*given, augment=dld.augment_batch, **options):
 
 def decay(power):
     return mock.patch.object(dld, "learning_rate",
-                             lambda config, done, plateau: config.lr * (1 - done) ** power)
+                             lambda config, done: config.lr * (1 - done) ** power)
 
 
 def steps_change(small, frozen):

@@ -62,7 +62,8 @@ def main():
         data = dld.build_dataset(raws[task], config)
         data.samples.to(machine.device)
         state, _ = dld.start_training(data, config, machine)
-        flop = 6 * dld.count_multiply_adds(state.model, data.samples.batch(torch.tensor([0])))
+        layers = dld.measure_layers(state.model, data.samples.batch(torch.tensor([0])))
+        flop = 6 * int(layers["multiply_adds"].sum())
         rows = data.parts["train"][:config.batch_size]
         batch = sorted(seconds(machine, lambda: data.samples.batch(rows, state.noise))  # noqa: B023
                        for _ in range(20))[10]

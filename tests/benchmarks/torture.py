@@ -45,7 +45,7 @@ CASES = {
     "cifar10": ["--task", "cifar10", "--width", "16", "--limit", "400", "--batch-size", "50",
                 "--epochs", "6"],
     "mnist": ["--task", "mnist", "--width", "64", "--limit", "600", "--epochs", "10",
-              "--schedule", "plateau"],
+              "--schedule", "constant"],
     "sentiment": ["--task", "sentiment", "--limit", "400", "--epochs", "4"],
     "folds": ["--task", "mnist", "--width", "64", "--limit", "300", "--epochs", "6",
               "--folds", "2"],
