@@ -35,10 +35,10 @@ Contents, with the line where each section begins:
      9  Machine ...................... 4992
     10  Figures ...................... 5751
     11  Report ....................... 6153
-    12  Runs ......................... 7397
-    13  Using a model ................ 8382
-    14  Search and notebook .......... 9149
-    15  Command line ................. 9635
+    12  Runs ......................... 7418
+    13  Using a model ................ 8403
+    14  Search and notebook .......... 9169
+    15  Command line ................. 9655
 """
 
 # /// script
@@ -6554,7 +6554,7 @@ def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accurac
     if math.isnan(best[judge]):
         return "Trained on the whole training part, so there is no validation curve." + more
     if len(measured) < 2:
-        return f"{name} was measured once, at the end: {best[judge]:.1%}; no epoch was chosen.{more}"
+        return f"{name} was measured once, after the last step: {best[judge]:.1%}.{more}"
     text = (f"{name} was highest in epoch {best_epoch} of {len(history)}: "
             f"{best[judge]:.1%}; these weights were kept.")
     ties = int((measured[judge] == best[judge]).sum())
@@ -6779,7 +6779,7 @@ def network_of(m: Meta) -> tuple[str, str]:
 
 def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     """How the network was trained."""
-    meta, size = data.meta, settings["batch_size"]
+    size = settings["batch_size"]
     optimizer = {"adamw": "AdamW", "muon": "Muon for filters and AdamW for the rest"}
     passes = steps * size / max(1, m["train_samples"])
     said = (f"Trained for {plural(steps, 'step')} of {size:,} samples, {passes:.2g} times as many "
@@ -6792,49 +6792,84 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     if len(data.unlabelled) and steps > data.epoch_steps(Config(**settings)):
         said += (f" Before the labelled texts it learnt from the phrase model's opinions on "
                  f"{len(data.unlabelled):,} unlabelled ones.")
-    held = [f"label smoothing of {settings['label_smoothing']:g}"] * (
-        settings["label_smoothing"] > 0)
-    own = m["model"] in NETWORKS and m["model"] != "fast"
-    held += [f"dropout of {settings['dropout']:g}"] * (own and settings["dropout"] > 0)
-    held += [f"{settings['word_dropout']:.0%} of the words made unknown"] * (
-        meta["kind"] == "text" and settings["word_dropout"] > 0)
-    held += [f"weight decay of {settings['weight_decay']:g}"] * (settings["weight_decay"] > 0)
-    said += f" Against overfitting: {', '.join(held)}." if held else ""
+    return said + say_regularisation(data.meta, settings)
+
+
+def say_regularisation(meta: Meta, settings: Meta) -> str:
+    """What keeps the network from learning its samples by heart."""
+    drops = meta["model"] in NETWORKS and meta["model"] != "fast"
+    held = [text for text, there in (
+        (f"label smoothing of {settings['label_smoothing']:g}", settings["label_smoothing"]),
+        (f"dropout of {settings['dropout']:g}", drops and settings["dropout"]),
+        (f"{settings['word_dropout']:.0%} of the words made unknown",
+         meta["kind"] == "text" and settings["word_dropout"]),
+        (f"weight decay of {settings['weight_decay']:g}", settings["weight_decay"])) if there]
     varied = [VARIED[key].format(value) for key, value in meta["augment"].items()]
+    said = f" Against overfitting: {', '.join(held)}." if held else ""
     return said + (f" Training pictures are varied at random: {', '.join(varied)}."
                    if varied and meta["kind"] == "image" else "")
+
+
+def report_model(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Block | None]:
+    """What the network is made of, and how it was trained."""
+    m, layers = evaluation.metrics, evaluation.layers
+    beside = (" The two LSTMs of a layer read forwards and backwards, side by side; the wide part "
+              "stands beside them all.") * ("deep_share" in m)
+    return [
+        text_block(f"The network is {network_of(m)[0]} ({m['model']}). {network_of(m)[1]}",
+                   say_recipe(evaluation.data, settings, m,
+                              int(evaluation.history["steps"].iloc[-1]))),
+        figure("architecture", "The layers with weights (blue) and those that shrink what they get "
+                               f"(orange), each with the shape of its output.{beside}"),
+        details_block(f"Layer by layer: {m['multiply_adds']:,} multiply-adds for one sample",
+                      table_block("For one sample", layers.rename(
+                          columns={"multiply_adds": "multiply-adds"}))) if len(layers) else None]
+
+
+def report_faults(evaluation: Evaluation, figure: Any) -> list[Block | None]:
+    """What is wrong with the data."""
+    m = evaluation.metrics
+    more = m["suspect_labels"] > evaluation.data.samples.shown[0]
+    return [
+        text_block(*say_issues(m, evaluation)),
+        figure("suspects", "The held-out labels that it doubts most"
+               + ("; more are in faults.csv." if more else ".")),
+        figure("near_repeats", "Test samples beside the training samples they nearly repeat.")]
+
+
+def report_repeat(folder: Path, evaluation: Evaluation, settings: Meta,
+                  cited: list[str]) -> list[Block | None]:
+    """How to train it again, and what it rests on."""
+    m = evaluation.metrics
+    exact = {key.replace("_", "-"): m[key] for key in m
+             if key in versions() or key == "data_fingerprint"}
+    works = (BIBLIOGRAPHY[key] for key in cited)
+    return [
+        text_block("This command trains it again with the same settings:"),
+        text_block(f"{this_command()} --config {quoted(folder / 'config.json')}", style="code"),
+        details_block("Settings", table_block("Settings", settings_in_use(
+            settings, evaluation.data.meta))),
+        table_block("Versions, and the fingerprint of the data", exact),
+        details_block("References", text_block(*(
+            f"{author}. {work}. {where}, {year}." for author, work, where, year in works)))]
 
 
 def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block | None],
                  settings: Meta) -> None:
     """report.html: the whole run on one page; the same as report.md, and what else is handed in."""
-    m, meta, samples = evaluation.metrics, evaluation.data.meta, evaluation.data.samples
+    m, meta = evaluation.metrics, evaluation.data.meta
     day = time.strftime("%d %B %Y").lstrip("0")
-    command = f"{this_command()} --config {quoted(folder / 'config.json')}"
     title = settings["title"] or f"{m['dataset']}: {network_of(m)[0]}"
     byline = " · ".join(filter(None, (settings["author"], settings["course"], day)))
-    exact = {key.replace("_", "-"): m[key] for key in m
-             if key in versions() or key == "data_fingerprint"}
+    cited = references(evaluation, settings)
 
     def figure(name: str, finding: str) -> Block | None:
         return figures.get(name) and {**(figures[name] or {}), "finding": finding}
 
-    cited = references(evaluation, settings)
     write_page(folder / "report.html", title, {
         "Result": report_result(m, meta),
         "Data": report_data(evaluation, settings, figure),
-        "Model": [
-            text_block(f"The network is {network_of(m)[0]} ({m['model']}). {network_of(m)[1]}",
-                       say_recipe(evaluation.data, settings, m,
-                                  int(evaluation.history["steps"].iloc[-1]))),
-            figure("architecture", "The layers with weights (blue) and those that shrink what they "
-                   "get (orange), each with the shape of its output." + (
-                       " The two LSTMs of a layer read forwards and backwards, side by side; the "
-                       "wide part stands beside them all." if "deep_share" in m else "")),
-            details_block(f"Layer by layer: {m['multiply_adds']:,} multiply-adds for one sample",
-                          table_block("For one sample", evaluation.layers.rename(
-                              columns={"multiply_adds": "multiply-adds"})))
-            if len(evaluation.layers) else None],
+        "Model": report_model(evaluation, settings, figure),
         "Training": [
             figure("training_curves", say_curves(evaluation.history, m["best_epoch"],
                                                  judged_by(settings["class_weights"]),
@@ -6848,31 +6883,15 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
             figure("roc_pr", "How many of a class are found, against how many others are taken "
                              "for it (left) and how many of those found are right (right), for "
                              "every threshold. AUC 1 is perfect, 0.5 is chance."))],
-        "Explanations": [
-            *report_explanations(evaluation, figures, settings["report"]),
-            details_block("How it was tested", figure(
-                "deletion", "How fast the prediction fades while what is marked is deleted.")),
-            figure("feature_maps", "What the first convolution that learns and a middle one make "
-                   "of one test picture: the channels that differ most from place to place.")],
-        "Faults of the data": [
-            text_block(*say_issues(m, evaluation)),
-            figure("suspects", "The held-out labels that it doubts most" + (
-                "; more are in faults.csv." if m["suspect_labels"] > samples.shown[0] else ".")),
-            figure("near_repeats", "Test samples beside the training samples they nearly repeat.")],
+        "Explanations": report_explanations(evaluation, figures, figure, settings["report"]),
+        "Faults of the data": report_faults(evaluation, figure),
         "Cost": [facts_block("Time, size and memory", COST_FORMATS, m), text_block(
             "One prediction is of one view; the pictures it is least sure of, about a fifth, take "
             "six more." if meta["views"] else "")],
         "Questions": [
             text_block("What you may be asked, answered from this run's numbers."),
             {"kind": "questions", "answers": answer_questions(evaluation, settings)}],
-        "Repeat it": [
-            text_block("This command trains it again with the same settings:"),
-            text_block(command, style="code"),
-            details_block("Settings", table_block("Settings", settings_in_use(settings, meta))),
-            table_block("Versions, and the fingerprint of the data", exact),
-            details_block("References", text_block(*(
-                f"{author}. {work}. {where}, {year}." for author, work, where, year in (
-                    BIBLIOGRAPHY[key] for key in cited))))]},
+        "Repeat it": report_repeat(folder, evaluation, settings, cited)},
         [m["dataset"]] if m["stand_in"] else [], m.get("ended", ""), byline)
     write_hand_in(folder, evaluation, title, cited)
 
@@ -6928,12 +6947,11 @@ def report_result(m: Meta, meta: Meta) -> list[Block | None]:
 def report_data(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Block | None]:
     """What the data is, what it is used for, and how it looks."""
     data, task, m = evaluation.data, TASKS[settings["task"]], evaluation.metrics
-    chosen = "the best epoch and the temperature" + (
-        ", and what each part counts;" if "deep_share" in m else "") + " are chosen by these"
+    chosen = "the best epoch and the temperature are chosen by these"
+    if "deep_share" in m:
+        chosen += ", and what each part counts; then the wide part learns from them too"
     uses = {"train": "the network learns from these", "test": "used only after the training",
-            "val": chosen.replace("; are chosen by these", " are chosen by these; then the wide "
-                                  "part learns from them too") if len(
-                                      data.parts["val"]) else "none: the folds take its place"}
+            "val": chosen if len(data.parts["val"]) else "none: the folds take its place"}
     sizes = {part: len(data.parts[part]) for part in PARTS}
     what = task.about
     if data.stand_in_slug and task.offline:
@@ -7049,7 +7067,7 @@ def confusion_cells(evaluation: Evaluation, block: Block | None) -> Block | None
             "recall). A click on a number shows samples."}
 
 
-def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None],
+def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None], figure: Any,
                         level: str) -> list[Block | None]:
     """Why it decides so, and whether the explanations can be trusted."""
     blocks: list[Block | None] = []
@@ -7060,7 +7078,10 @@ def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None]
                 n = len(evaluation.deletion[name]["explained"])
                 said = say_explanation(evaluation.metrics, name, n)
             blocks += [{**block, "finding": f"{': '.join(EXPLANATIONS[name])}."}, text_block(said)]
-    return blocks
+    return [*blocks, details_block("How it was tested", figure(
+                "deletion", "How fast the prediction fades while what is marked is deleted.")),
+            figure("feature_maps", "What the first convolution that learns and a middle one make "
+                   "of one test picture: the channels that differ most from place to place.")]
 
 
 def answer_questions(evaluation: Evaluation, settings: Meta) -> list[tuple[str, str]]:
@@ -8510,8 +8531,7 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
     # In float32: a prediction should not depend on what else the processor can do.
     ready = Predictor(run, start_machine(Config(**{"precision": "fp32", **given})))
     ready.meta["column_asked_for"] = given.get("text_column", "")
-    tables, written, scores = list[pd.DataFrame](), list[Path](), list[pd.DataFrame]()
-    found = 0
+    tables, written, scores, found = list[pd.DataFrame](), list[Path](), list[pd.DataFrame](), 0
     for samples, table in ready.predict(arguments):
         if "label" in table:
             scores.append(score(ready, samples, table))
