@@ -12,7 +12,7 @@
     python deep_learning_deliverable.py --serve --run outputs/cifar10   a web page to try the model
     python deep_learning_deliverable.py --export onnx --run outputs/cifar10
     python deep_learning_deliverable.py --compare outputs/cifar10 outputs/cifar10-2
-    python deep_learning_deliverable.py --resume outputs/cifar10 --epochs 30
+    python deep_learning_deliverable.py --resume outputs/cifar10        after an interruption
 
 Everything lands in outputs/<task>/: report.html with all of it on one page, the figures, the
 tables, metrics.json, model.pt. Data travels one way:
@@ -34,11 +34,11 @@ Contents, with the line where each section begins:
      8  Tasks ........................ 4716
      9  Machine ...................... 4992
     10  Figures ...................... 5751
-    11  Report ....................... 6153
-    12  Runs ......................... 7418
-    13  Using a model ................ 8403
-    14  Search and notebook .......... 9169
-    15  Command line ................. 9655
+    11  Report ....................... 6156
+    12  Runs ......................... 7450
+    13  Using a model ................ 8442
+    14  Search and notebook .......... 9208
+    15  Command line ................. 9694
 """
 
 # /// script
@@ -2464,7 +2464,7 @@ class Evaluation:
         names = np.array([*self.classes, ""], object)  # -1: the last one
         table = self.issues.assign(
             label=names[self.issues["label"].astype(int)],
-            other_row=self.issues["other_row"].astype(object).where(self.issues["other_row"] >= 0),
+            other_row=self.issues["other_row"].astype("Int64").mask(self.issues["other_row"] < 0),
             other_class=names[self.issues["other_class"].astype(int)],
             value=self.issues["value"].astype(float).round(4))
         if self.data.names:
@@ -3702,7 +3702,7 @@ def initialize_embedding(model: TextNet, samples: TextData, data: Dataset) -> st
         near = (vectors / vectors.std().clamp(min=1e-6) * 0.5)[UNKNOWN + 1:].to(weight.device)
         weight[UNKNOWN + 1:, :vectors.shape[1]] += near
         weight[UNKNOWN + 1:, -leanings.shape[1]:] = leanings[UNKNOWN + 1:].to(weight.device) * 2
-    return f"word vectors from {len(words):,} words"
+    return f"vectors learnt from {len(words):,} words"
 
 
 def word_vectors(ids: Tensor, words: int, size: int, reach: int = 5) -> Tensor:
@@ -5987,8 +5987,11 @@ class ImageGrid:
             self.axes.add_patch(Rectangle(
                 (left, bottom), self.SIDE, self.SIDE, fill=False, edgecolor=colour, linewidth=2.5,
                 linestyle="--" if "✗" in verdict.line else "-"))
-        self.axes.text(left + self.SIDE / 2, bottom + self.SIDE + 0.07, verdict.line, fontsize=9,
-                       ha="center", va="bottom", color=colour)
+        # A long name would run into its neighbours.
+        lines = [line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
+                 for line in verdict.line.splitlines()]
+        self.axes.text(left + self.SIDE / 2, bottom + self.SIDE + 0.07, "\n".join(lines),
+                       fontsize=9, ha="center", va="bottom", color=colour)
 
 
 def as_grey(values: Tensor) -> np.ndarray:
@@ -6200,7 +6203,8 @@ STYLE = """
   tr > :nth-child(2):last-child { overflow-wrap: anywhere; }
   .matrix td { padding: 0; text-align: center; border: 1px solid var(--line);
     background: color-mix(in srgb, var(--right) calc(45% * var(--share)), transparent); }
-  .matrix th { padding: 0.2rem 0.5rem; } .matrix tr > :not(:first-child) { text-align: center; }
+  .matrix th { padding: 0.2rem 0.5rem; max-width: 6rem; overflow-wrap: anywhere; }
+  .matrix tr > :not(:first-child) { text-align: center; }
   .matrix td a { display: block; padding: 0.35rem 0.5rem; color: inherit; line-height: 1.25;
     text-decoration: none; } .matrix td small { display: block; color: inherit; }
   .cell { display: none; } .cell:target { display: block; background: var(--soft);
@@ -6255,7 +6259,7 @@ TEMPLATES = {"macros": """
 {% if style %}
 <td style="--share:{{ '%.2f' % cell.share }}">
 {%- if cell.n %}<a href="#{{ cell.id }}">{{ cell.n }}<small>{{ "%.1f" % (100 * cell.share) }}%
-</small></a>{% endif %}</td>
+</small></a>{% else %}<small>0</small>{% endif %}</td>
 {%- else %}
 <td{{ number(it, loop, 1) }}>{{ cell }}</td>
 {%- endif %}
@@ -6291,7 +6295,8 @@ TEMPLATES = {"macros": """
 <p>{{ it.finding }}</p>
 {% for verdict, text in it.texts %}{{ heading(verdict) }}<p>{{ text }}</p>{% endfor %}
 {% elif it.kind == "matrix" %}
-<p>{{ it.finding }}</p>{{ table(it, "matrix") }}
+<p>{{ it.finding }} The diagonal is recall. Click a number to see its samples.</p>
+{{ table(it, "matrix") }}
 {% for id, head, samples in it.cells %}
 <div class="cell" id="{{ id }}"><p>{{ head }}</p>
 {% for each in samples %}
@@ -6499,16 +6504,20 @@ def say_gain(m: Meta, name: str) -> str:
     return f"{points(m[f'{name}_gain'])} points, 95% interval {low} to {high}"
 
 
+def simple_methods(m: Meta) -> dict[str, str]:
+    """What the network has to beat: the beginning of its keys, and how a person calls it."""
+    return {"commonest": "always saying the commonest class"} | (
+        {"baseline": m["baseline"]} if m.get("baseline") else {})
+
+
 def say_baselines(m: Meta) -> list[str]:
     """The simple methods, each with the verdict whether the network is better."""
-    rivals = {"commonest": "always saying the commonest class", "baseline": m.get("baseline")}
     said = []
-    for name, rival in rivals.items():
-        if rival:
-            verdict = ("this model is better" if m[f"{name}_gain_low"] > 0 else
-                       "the simple method is better" if m[f"{name}_gain_high"] < 0 else
-                       "no difference shown")
-            said.append(f"{m[f'{name}_accuracy']:.2%} by {rival}: {verdict} ({say_gain(m, name)})")
+    for name, rival in simple_methods(m).items():
+        verdict = ("this model is better" if m[f"{name}_gain_low"] > 0 else
+                   "the simple method is better" if m[f"{name}_gain_high"] < 0 else
+                   "no difference shown")
+        said.append(f"{m[f'{name}_accuracy']:.2%} by {rival}: {verdict} ({say_gain(m, name)})")
     return said
 
 
@@ -6575,9 +6584,9 @@ def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accurac
 def say_difference(meta: Meta, settings: Meta, m: Meta) -> str:
     """What else has to be known to read the curves."""
     harder = [word for word, there in (
-        ("dropout", settings["dropout"] and m["model"] not in ("fast",)), ("smoothed targets",
-         settings["label_smoothing"]), ("varied pictures", meta["kind"] == "image"
-                                        and meta["augment"])) if there]
+        ("dropout", settings["dropout"] and drops(meta)),
+        ("smoothed targets", settings["label_smoothing"]),
+        ("varied pictures", meta["kind"] == "image" and meta["augment"])) if there]
     said = (f" Training figures are running means, measured with {' and '.join(harder)}: so they "
             "can look worse than validation.") if harder else ""
     if 0 < m["val_samples"] < 30:
@@ -6635,7 +6644,8 @@ def say_calibration(m: Meta) -> str:
     if m["val_accuracy"] == 1:
         found = (f"None of {n:,} held-out samples was wrong; the temperature of {temperature:.2f} "
                  "allows for half a mistake among them.")
-    verdict = ("it helped" if after < before else "it made no difference" if after == before else
+    verdict = ("it helped" if after < before - 0.002 else
+               "it made little difference" if after <= before + 0.002 else
                "on the test part it did not help")
     return (f"{said} {found} Without it the difference would be {100 * before:.2f} points: "
             f"{verdict}.")
@@ -6695,7 +6705,7 @@ def say_issues(m: Meta, evaluation: Evaluation) -> list[str]:
 def say_suspects(m: Meta, n: int) -> str:
     """How many labels are probably wrong, and how far the list of them can be trusted."""
     doubted, suspect = m["doubted_labels"], m["suspect_labels"]
-    head = f"Of {n:,} labels that it had not learnt, the network surely contradicts {doubted:,}"
+    head = f"Of {n:,} labels that it had not learnt, the network doubts {doubted:,}"
     if not doubted:
         return f"{head}."
     if not suspect:
@@ -6773,6 +6783,11 @@ def facts_block(caption: str, facts: dict[str, str], m: Meta) -> Block:
 
 def network_of(m: Meta) -> tuple[str, str]:
     """What the network is, and why one takes it."""
+    if "deep_share" in m:
+        name, why = NETWORKS[m["model"]]
+        return f"{name}, with phrases beside it", (
+            f"{why} Beside it stands a linear model of phrases, the wide part, which learns much "
+            "from few texts. Ablation tells what each adds.")
     return NETWORKS.get(m["model"], (f"torchvision's {m['model']}", "A published architecture, its "
                                      "first layer adapted to pictures of this size."))
 
@@ -6789,18 +6804,24 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     if settings["patience"] and m["epochs"] < settings["epochs"] and not settings["steps"]:
         said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs, since "
                  "validation had not become better for long.")
+    if "ended" in m:
+        said += f" The training was {m['ended']}: the rate has not reached its end."
     if len(data.unlabelled) and steps > data.epoch_steps(Config(**settings)):
         said += (f" Before the labelled texts it learnt from the phrase model's opinions on "
                  f"{len(data.unlabelled):,} unlabelled ones.")
     return said + say_regularisation(data.meta, settings)
 
 
+def drops(meta: Meta) -> bool:
+    """Whether --dropout means something for this network."""
+    return meta["model"] in NETWORKS and meta["model"] != "fast"
+
+
 def say_regularisation(meta: Meta, settings: Meta) -> str:
     """What keeps the network from learning its samples by heart."""
-    drops = meta["model"] in NETWORKS and meta["model"] != "fast"
     held = [text for text, there in (
         (f"label smoothing of {settings['label_smoothing']:g}", settings["label_smoothing"]),
-        (f"dropout of {settings['dropout']:g}", drops and settings["dropout"]),
+        (f"dropout of {settings['dropout']:g}", drops(meta) and settings["dropout"]),
         (f"{settings['word_dropout']:.0%} of the words made unknown",
          meta["kind"] == "text" and settings["word_dropout"]),
         (f"weight decay of {settings['weight_decay']:g}", settings["weight_decay"])) if there]
@@ -6899,25 +6920,31 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
 def settings_in_use(settings: Meta, meta: Meta) -> dict[str, str]:
     """The settings that mean something for this kind of data, as flags."""
     other = {"image": "text", "text": "image"}[meta["kind"]]
+    official = settings["data"] in ("real", "offline")
     foreign = {each.name for each in dataclasses.fields(Config)
-               if each.metadata.get("kind") == other}
+               if each.metadata.get("kind") == other
+               or (official and each.metadata["help"].startswith("your own"))}
+    foreign |= set() if drops(meta) else {"dropout"}
     return {flag_name(key): str(settings[key]) for key in settings
             if key not in foreign and settings[key] != ""} | (
         {"--steps": settings["steps"].rpartition(":")[2]} if settings["steps"] else {})
+
+
+def result_facts(m: Meta) -> Block:
+    """The results as a table."""
+    forms = RESULT_FORMATS if m["val_samples"] else {
+        "held-out folds" if key == "validation" else key: form
+        for key, form in RESULT_FORMATS.items()}
+    if m["test_macro_f1_low"] < m["test_macro_f1_high"]:  # without a mistake every draw is alike
+        forms = {**forms, "macro-F1": "{test_macro_f1:.3f} (95% interval {test_macro_f1_low:.3f} "
+                                      "to {test_macro_f1_high:.3f}, bootstrap)"}
+    return facts_block("In numbers", forms, m)
 
 
 def report_result(m: Meta, meta: Meta) -> list[Block | None]:
     """The headline, the four numbers that count, and all others."""
     simplest = "baseline" if m.get("baseline") else "commonest"
     gap, low, high = training_gap(m)
-    forms = RESULT_FORMATS if m["val_samples"] else {
-        "held-out folds" if key == "validation" else key: form
-        for key, form in RESULT_FORMATS.items()}
-    facts = facts_block("In numbers", forms, m)
-    if m["test_macro_f1_low"] < m["test_macro_f1_high"]:  # without a mistake every draw is alike
-        facts["rows"] = [[name, value if name != "macro-F1" else f"{value} (" + interval(
-            m["test_macro_f1_low"], m["test_macro_f1_high"], "{:.3f}") + ", bootstrap)"]
-            for name, value in facts["rows"]]
     rivals = {"baseline": "against the baseline", "commonest": "against the commonest class"}
     cards = [
         (f"{m['test_accuracy']:.2%}", "test accuracy", interval(
@@ -6929,8 +6956,8 @@ def report_result(m: Meta, meta: Meta) -> list[Block | None]:
          f"95% interval {points(low)} to {points(high)}"),
         (format_seconds(m["seconds_total"]), "from command to page", str(m["device"]))]
     notes = [f"Baseline: {line}." for line in say_baselines(m)]
-    notes += [] if m.get("baseline") else ["No simple method was trained beside it (--report "
-                                           "minimal)."]
+    notes += [] if m.get("baseline") else [
+        "No simple method was trained beside it: --report full does, and takes a little longer."]
     if "deep_share" in m:
         notes.append(f"Of this model, the {m['model']} alone is right on {m['deep_accuracy']:.2%}, "
                      f"its wide part alone on {m['wide_accuracy']:.2%} (see Ablation).")
@@ -6938,7 +6965,7 @@ def report_result(m: Meta, meta: Meta) -> list[Block | None]:
         notes.append("The model averages several views of the pictures it is least sure of.")
     where = ", and of the network alone" * ("deep_share" in m)
     return [text_block(say_result(m), style="headline"), {"kind": "cards", "cards": cards},
-            text_block(*notes), facts,
+            text_block(*notes), result_facts(m),
             text_block("Log-loss and Brier score (0 to 2) are of probabilities after the "
                        f"temperature of {m['temperature']:.2f} (see Confidence). The loss in the "
                        f"curves is before it{where}, so the two differ.")]
@@ -7063,8 +7090,7 @@ def confusion_cells(evaluation: Evaluation, block: Block | None) -> Block | None
                               f"{plural(len(some), 'surest', 'surest')} of {n:,}:",
                               [samples.thumbnail(row) for row in evaluation.rows[some].tolist()]))
     return {**block, "kind": "matrix", "columns": ["true \\ predicted", *names], "rows": rows,
-            "cells": cells, "caption": "Test samples, and their share of the row (the diagonal: "
-            "recall). A click on a number shows samples."}
+            "cells": cells, "caption": "Test samples, share of the row"}
 
 
 def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None], figure: Any,
@@ -7073,7 +7099,7 @@ def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None]
     blocks: list[Block | None] = []
     for name in EXPLANATIONS:
         if block := figures.get(name):
-            said = f"It was not put to the test (--report {level})."
+            said = f"It was not put to the test (--report {level}; full does it)."
             if name in evaluation.deletion:
                 n = len(evaluation.deletion[name]["explained"])
                 said = say_explanation(evaluation.metrics, name, n)
@@ -7150,7 +7176,7 @@ def say_limits(m: Meta, settings: Meta) -> list[str]:
 
 def say_advice(m: Meta, history: pd.DataFrame, settings: Meta) -> list[str]:
     """What the numbers suggest to do next; each only where its sign is there."""
-    said = []
+    said = ["Let the training end: --resume goes on."] * ("ended" in m)
     learnt = max(m["train_accuracy"], history["train_accuracy"].max())
     if not has_learned(m):
         few = m["test_samples"] < 100 and m["commonest_gain"] > 0.2
@@ -7197,10 +7223,15 @@ def write_hand_in(folder: Path, evaluation: Evaluation, title: str, cited: list[
     matrix = pd.DataFrame(counts, columns=names)
     matrix.insert(0, "true \\ predicted", names, allow_duplicates=True)
     write_csv(folder / "confusion_matrix.csv", matrix)
-    facts = pd.DataFrame(facts_block("", RESULT_FORMATS, m)["rows"], columns=["", "value"])
+    rows = [*result_facts(m)["rows"], *(
+        [rival, f"accuracy {m[f'{name}_accuracy']:.2%}; this model {say_gain(m, name)}"]
+        for name, rival in simple_methods(m).items())]
+    facts = pd.DataFrame(rows, columns=["", "value"])
     by_class = evaluation.by_class.rename(columns={"auc": "AUC", "f1": "F1"})
-    made = [table.to_latex(index=False, escape=True, float_format="%.3f", na_rep="--", caption=name)
-            for name, table in ((title.translate(IN_TEX), facts), ("Each class", by_class))]
+    made = [table.to_latex(index=False, escape=True, float_format="%.3f", na_rep="--", caption=name,
+                           label=f"tab:{label}")
+            for label, name, table in (("result", title.translate(IN_TEX), facts),
+                                       ("classes", "Each class", by_class))]
     write_text(folder / "tables.tex", "% \\usepackage{booktabs}\n" + "\n".join(made))
     write_text(folder / "references.bib", "\n".join(
         f"@misc{{{key},\n  author = {{{author}}},\n  title = {{{{{work.translate(IN_TEX)}}}}},\n"
@@ -7375,6 +7406,7 @@ def write_comparison(folders: list[Path], output_dir: Path) -> tuple[Path, str]:
                 "run").T.rename_axis("").reset_index()),
             figure_block(curves, "Validation loss and accuracy after each epoch.")]},
         [*runs[runs["stand_in"]]["dataset"]])
+    table["run"] = [label if len(label) < 30 else f"…{label[-28:]}" for label in table["run"]]
     lines = [*table.iloc[:, [0, 2, 3, 4, 6, 8]].to_string(index=False).splitlines(), ""]
     for line in verdicts:
         lines += textwrap.wrap(line, 79)
@@ -8218,8 +8250,8 @@ def print_summary(run: Run) -> None:
     """The last lines: the result, where it is, and what one would do next."""
     m, data, folder = run.metrics, run.context.data, run.folder
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
-    said = [("\nTest accuracy", f"{m['test_accuracy']:.2%} of {m['test_samples']:,} ({sides}), "
-             f"weights of epoch {m['best_epoch']}")]
+    said = [("\nTest accuracy", f"{m['test_accuracy']:.2%} ({sides}), {m['test_samples']:,} "
+             f"samples, epoch {m['best_epoch']}")]
     without = m["test_accuracy_without_repeats"]
     if without is None:
         said.append(("", "every test sample was trained on too: this says nothing about new ones"))
@@ -8228,6 +8260,13 @@ def print_summary(run: Run) -> None:
                      "that it was trained on too"))
     simplest, *others = say_baselines(m)
     said += [] if has_learned(m) else [("", f"nothing learned: {simplest}")]
+    if "deep_share" in m:
+        said.append(("", f"{m['model']} alone {m['deep_accuracy']:.2%}, phrases alone "
+                     f"{m['wide_accuracy']:.2%}"))
+    if run.budget.seconds and run.config.report != "full":
+        lacks = "a baseline, the tests" if run.config.report == "minimal" else "some tests"
+        said.append(("Left out", f"{lacks} of explanations and near repeats, for lack of time; "
+                     "--report full takes it"))
     said += [(f"{m['folds']} folds", say_folds(m))] if "folds" in m else []
     said += [("Baseline", line) for line in others]
     said += [("Time", f"{m['seconds_total']:.0f} s, {m['seconds_training']:.0f} s of it training")]
@@ -8556,7 +8595,7 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         log(f"... and {found - MOST_LINES:,} more; --output predictions.csv writes all of them")
     if ready.kind is TextData and not output and "attention" in ready.doubted:
         log(f"WARNING  the words that weighed most are attention's, and {DOUBT}")
-    for name in ready.doubted if written else ():
+    for name in ready.doubted if explain else ():
         log(f"WARNING  {EXPLANATIONS[name][0]}: {DOUBT}")
     for name, why in ready.problems[:5]:
         log(f"WARNING  {name}: {why}")
@@ -8595,11 +8634,11 @@ def say_score(scores: list[pd.DataFrame]) -> list[str]:
                 f"({interval(*wilson(right, len(some)))}), macro-F1 {f1:.3f}")
 
     seen = known["seen"]
-    said = [f"Accuracy      {say(known)}"] if len(known) else []
+    fresh = known[~seen]
+    said = [f"Accuracy      {say(fresh)}"] if len(fresh) else []
     if seen.any():
-        fresh = f"the others: {say(known[~seen])}" if not seen.all() else (
-            "this says nothing about new ones")
-        said.append(f"WARNING  the model was trained on {int(seen.sum()):,} of these; {fresh}")
+        said.append(f"WARNING  the model was trained on {int(seen.sum()):,} of these, which say "
+                    f"nothing about new ones; with them: {say(known)}")
     others = {*table["label"]} - {*known["label"], ""}
     if others:
         said.append(f"WARNING  {plural(int(table['label'].isin(others).sum()), 'sample')} of "

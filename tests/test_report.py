@@ -214,7 +214,8 @@ def test_no_numbers_make_a_false_sentence(digits):
             "too sure of 500": m["temperature"] > 1.005 and m["val_samples"] == 500 and m[
                 "val_accuracy"] < 1,
             "(95% interval 1.000 to 1.000": False, "nan": False, "inf ": False,
-            "it helped": m["test_ece"] < m["test_ece_uncalibrated"]}
+            "it helped": m["test_ece"] < m["test_ece_uncalibrated"] - 0.002,
+            "did not help": m["test_ece"] > m["test_ece_uncalibrated"] + 0.002}
         assert not re.search("None(?! of | occurs)", text)
         for sentence, holds in true.items():
             assert (sentence in text) == holds, (seed, sentence, text)
