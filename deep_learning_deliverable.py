@@ -5541,7 +5541,7 @@ class SpeedEstimate:
             return 0.0
         cost, samples = data.samples.estimate_seconds(data), data.samples
         tests = samples.tested[config.report] * samples.test_cost * self.predict
-        seconds = cost["baseline"] + tests * self.relative_cost(config) + 6 * self.figure
+        seconds = cost["baseline"] + tests * self.relative_cost(config) + 3 * self.figure
         return seconds + (cost["near repeats"] + self.figure) * (config.report == "full")
 
 
@@ -6203,7 +6203,7 @@ STYLE = """
   tr > :nth-child(2):last-child { overflow-wrap: anywhere; }
   .matrix td { padding: 0; text-align: center; border: 1px solid var(--line);
     background: color-mix(in srgb, var(--right) calc(45% * var(--share)), transparent); }
-  .matrix th { padding: 0.2rem 0.5rem; max-width: 6rem; overflow-wrap: anywhere; }
+  .matrix th { padding: 0.2rem 0.5rem; max-width: 10rem; overflow-wrap: break-word; }
   .matrix tr > :not(:first-child) { text-align: center; }
   .matrix td a { display: block; padding: 0.35rem 0.5rem; color: inherit; line-height: 1.25;
     text-decoration: none; } .matrix td small { display: block; color: inherit; }
