@@ -27,8 +27,8 @@ Contents, with the line where each section begins:
      1  Head ........................... 58
      2  Config ........................ 195
      3  Models ........................ 462
-     4  Training ..................... 1031
-     5  Evaluation ................... 1809
+     4  Training ..................... 1033
+     5  Evaluation ................... 1811
      6  Explanations ................. 2481
      7  Data ......................... 2731
      8  Tasks ........................ 4716
@@ -36,9 +36,9 @@ Contents, with the line where each section begins:
     10  Figures ...................... 5751
     11  Report ....................... 6156
     12  Runs ......................... 7450
-    13  Using a model ................ 8442
-    14  Search and notebook .......... 9208
-    15  Command line ................. 9694
+    13  Using a model ................ 8444
+    14  Search and notebook .......... 9210
+    15  Command line ................. 9699
 """
 
 # /// script
@@ -935,9 +935,11 @@ def build_model(meta: Meta) -> nn.Module:
 
 
 @contextlib.contextmanager
-def forward_hooks(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+def forward_hooks(model: nn.Module, hook: Callable[..., Any],
+                  before: Callable[..., Any] | None = None) -> Iterator[None]:
     """Call `hook` after every module's forward pass, and never again once the block is left."""
     handles = [module.register_forward_hook(hook) for module in model.modules()]
+    handles += [module.register_forward_pre_hook(before) for module in model.modules() if before]
     try:
         yield
     finally:
@@ -1979,8 +1981,6 @@ def mcnemar(one: np.ndarray, two: np.ndarray) -> float:
 def roc_and_precision(evaluation: Evaluation, k: int) -> tuple[np.ndarray, ...]:
     """Class k against the rest: false and true positive rate; precision and recall."""
     truth, score = evaluation.y == k, evaluation.probs[:, k]
-    if not 0 < int(truth.sum()) < len(truth):
-        return (np.full(1, np.nan),) * 4
     fall_out, recall, _ = skmetrics.roc_curve(truth, score)
     precision, found, _ = skmetrics.precision_recall_curve(truth, score)
     return fall_out, recall, precision, found
@@ -2166,14 +2166,14 @@ def measure_layers(model: nn.Module, x: Tensor, most: int = 40) -> pd.DataFrame:
     device, fast_attention = x.device, torch.backends.mha.get_fastpath_enabled()
     # Fused LSTMs and attention are one opaque operation; unfused, the products inside are seen.
     torch.backends.mha.set_fastpath_enabled(False)
-    enter = [module.register_forward_pre_hook(lambda module, _: running.append(module))
-             for module in names]
-    with warnings.catch_warnings(), torch.no_grad(), forward_hooks(model, leave), Tally():
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(module)
+
+    hooks = forward_hooks(model, leave, enter)
+    with warnings.catch_warnings(), torch.no_grad(), hooks, Tally():
         warnings.simplefilter("ignore")  # switching oneDNN off and on mentions Intel's GPUs
         with torch.backends.mkldnn.flags(enabled=False):
             model.cpu().eval()(x.cpu())
-    for handle in enter:
-        handle.remove()
     torch.backends.mha.set_fastpath_enabled(fast_attention)
     model.to(device)
     return summarize_layers(names, shapes, found, most)
@@ -2183,9 +2183,9 @@ def summarize_layers(names: dict[nn.Module, str], shapes: dict[nn.Module, tuple[
                      found: Counter[nn.Module], most: int) -> pd.DataFrame:
     """The table of `measure_layers`, from what its hooks have seen, innermost modules first."""
     rows, told = [], set[int]()
-    wide = [f"{name}." for module, name in names.items() if isinstance(module, Wide)]
+    wide = tuple(f"{name}." for module, name in names.items() if isinstance(module, Wide))
     for module, shape in shapes.items():
-        if names[module].startswith((*wide, "\0")):
+        if names[module].startswith(wide):
             continue  # it is one layer, which stands beside the others
         # Of a module that computes with a child's weights itself, those count too.
         own = [p for p in module.parameters() if id(p) not in told]
@@ -5852,7 +5852,7 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
 
 
 def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) -> None:
-    """ROC and precision-recall curves of each class against the rest, the first axes' AUC named."""
+    """ROC and precision-recall curves of each class against the rest, by their names with AUC."""
     import seaborn
     colours = seaborn.color_palette("colorblind", len(curves))
     styles = itertools.cycle(("-", "--", "-."))
@@ -5896,7 +5896,7 @@ def plot_lengths(lengths: np.ndarray, read: int, path: Path, title: str) -> None
         if read < lengths.max():
             axes.axvline(read, color=ORANGE, linestyle="--", label=f"the network reads {read}")
             axes.legend(frameon=True)
-        axes.set(xlabel="words in a training text (longest 1 % left out)", ylabel="texts")
+        axes.set(xlabel="words in a training text (longest 1% left out)", ylabel="texts")
         figure.suptitle(title)
 
 
@@ -6639,8 +6639,8 @@ def say_calibration(m: Meta) -> str:
             "calibration error, test part).")
     if abs(temperature - 1) < 0.005:
         return f"{said} The temperature, fitted on {n:,} held-out samples, is 1.00: no correction."
-    found = f"The network was too {'sure' if temperature > 1 else 'unsure'} of {n:,} held-out " \
-        f"samples; the temperature of {temperature:.2f} corrects that."
+    found = (f"The network was too {'sure' if temperature > 1 else 'unsure'} of {n:,} held-out "
+             f"samples; the temperature of {temperature:.2f} corrects that.")
     if m["val_accuracy"] == 1:
         found = (f"None of {n:,} held-out samples was wrong; the temperature of {temperature:.2f} "
                  "allows for half a mistake among them.")
@@ -7113,13 +7113,13 @@ def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None]
 def answer_questions(evaluation: Evaluation, settings: Meta) -> list[tuple[str, str]]:
     """Questions that whoever marks this may ask, each with what this run's numbers say."""
     m, history = evaluation.metrics, evaluation.history
-    smoothed, chosen = settings["label_smoothing"] > 0, "The best epoch and the temperature were " \
-        "chosen on the validation part"
+    smoothed, chosen = settings["label_smoothing"] > 0, (
+        "The best epoch and the temperature were chosen on the validation part")
     if not m["val_samples"]:
         chosen = "The last epoch was kept, and the temperature fitted on the held-out folds"
     elif history["val_loss"].notna().sum() < 2:
-        chosen = "The weights of the last step were kept, and the temperature fitted on the " \
-            "validation part"
+        chosen = ("The weights of the last step were kept, and the temperature fitted on the "
+                  "validation part")
     loss = ("Cross-entropy is the negative logarithm of the probability that the network gives "
             "the true class. Its gradient does not vanish for mistakes that the network is sure "
             "of, and it makes probabilities that can be checked (see Confidence).")
@@ -7601,7 +7601,8 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation,
     title, samples, name = evaluation.title, evaluation.data.samples, evaluation.data.name
     many, few, worst = samples.shown
     # A resumed run may have none of these any more.
-    for old in ("mistakes", "suspects", "near_repeats", "deletion", "ablation"):
+    for old in ("mistakes", "suspects", "near_repeats", "deletion", "ablation", "roc_pr",
+                "feature_maps"):
         (folder / f"{old}.png").unlink(missing_ok=True)
     matrix, classes = condense(evaluation.matrix, evaluation.classes)
     several = "\nthe classes with the most mistakes" * (len(matrix) < len(evaluation.matrix))
@@ -7663,10 +7664,10 @@ def describe_with_figures(folder: Path, model: nn.Module, evaluation: Evaluation
     show("training_samples.png", some, [Verdict(classes[data.labels[row]])
                                         for row in some.tolist()],
          f"{name}\ntraining samples drawn at random")
-    worst = evaluation.by_class.nsmallest(10, "auc").index
-    plot_roc({f"{classes[k]} ({evaluation.by_class['auc'][k]:.3f})": roc_and_precision(
-        evaluation, k) for k in sorted(worst)}, folder / "roc_pr.png", title
-        + "\nthe ten classes with the lowest AUC" * (len(classes) > 10))
+    worst = evaluation.by_class["auc"].dropna().nsmallest(10)
+    plot_roc({f"{classes[k]} ({worst[k]:.3f})": roc_and_precision(evaluation, k)
+              for k in sorted(worst.index)}, folder / "roc_pr.png",
+             title + "\nthe ten classes with the lowest AUC" * (len(classes) > 10))
     x = samples.batch(rows[:1])
     if isinstance(samples, TextData):
         plot_lengths(samples.length[rows].numpy(), data.meta["max_tokens"],
@@ -8250,7 +8251,7 @@ def print_summary(run: Run) -> None:
     """The last lines: the result, where it is, and what one would do next."""
     m, data, folder = run.metrics, run.context.data, run.folder
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
-    said = [("\nTest accuracy", f"{m['test_accuracy']:.2%} ({sides}), {m['test_samples']:,} "
+    said = [("Test accuracy", f"{m['test_accuracy']:.2%} ({sides}), {m['test_samples']:,} "
              f"samples, epoch {m['best_epoch']}")]
     without = m["test_accuracy_without_repeats"]
     if without is None:
@@ -8271,7 +8272,7 @@ def print_summary(run: Run) -> None:
     said += [("Baseline", line) for line in others]
     said += [("Time", f"{m['seconds_total']:.0f} s, {m['seconds_training']:.0f} s of it training")]
     said += [("Hint", PRETRAINED_HINT)] if small_pictures(m, dataclasses.asdict(run.config)) else []
-    lines = [say(head, text, 15 if head[:1] == "\n" else 14) for head, text in said]
+    lines = ["", *(say(head, text) for head, text in said)]
     if run.lost:
         lines.append(f"Results       {folder.resolve()}")
     else:
@@ -8324,8 +8325,9 @@ def train_seeds(many: int, given: Meta, log: Log) -> None:
     budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
     budget.seconds = parse_seconds(given["budget"]) if "budget" in given else 0.0
     config = resolve_config(given)  # refuses before the first has trained for minutes
-    log(f"Seeds   {config.seed} to {config.seed + many - 1}: {many} trainings one after another, "
-        f"which take {many} times as long as one")
+    costs = "share the budget" if budget.seconds else f"take {many} times as long as one"
+    log(say("Seeds", f"{config.seed} to {config.seed + many - 1}: {many} trainings one after "
+            f"another, which {costs}", 8))
     runs = []
     for place in range(many):
         one = {**given, "seed": config.seed + place}
@@ -9308,10 +9310,10 @@ class Search:
 
     def trials(self, study: Any) -> pd.DataFrame:
         """A trial a row, those of other processes too."""
-        table = study.trials_dataframe(("number", "state", "params", "user_attrs"))
+        table = study.trials_dataframe(("number", "value", "state", "params", "user_attrs"))
         table.columns = [re.sub("^(params|user_attrs)_", "", name) for name in table.columns]
         columns = ["number", "state", "val_accuracy", "val_loss", "seconds", "default",
-                   *self.space, "reason", "right"]
+                   *self.space, "reason", "right", "value"]
         table = table.reindex(columns=columns)
         state = table["state"].str.lower().mask(table["reason"].notna(), "failed")
         return table.assign(number=table["number"] + 1, state=state,
@@ -9320,10 +9322,13 @@ class Search:
     def write(self, study: Any) -> pd.DataFrame:
         """What the folder keeps should this process be killed; returns the trials."""
         table = self.trials(study)
-        write_csv(self.folder / "trials.csv", table.drop(columns="right"))
-        if (table["state"] == "complete").any():
+        write_csv(self.folder / "trials.csv", table.drop(columns=["right", "value"]))
+        done = table[table["state"] == "complete"]
+        if len(done):
+            # Of this table, not of the study: another process may have found a better one since.
+            best = study.trials[int(done.loc[done["value"].idxmax(), "number"]) - 1]
             write_json(self.folder / "best.json",
-                       dataclasses.asdict(replace(self.config, **study.best_trial.params)))
+                       dataclasses.asdict(replace(self.config, **best.params)))
         return table
 
     def after_trial(self, study: Any, trial: Any) -> None:
@@ -9347,7 +9352,7 @@ class Search:
             raise Failure("no trial was finished; give a longer --budget, fewer --epochs, or a "
                           "smaller --lr")
         self.draw(study)
-        best = done[done["number"] == study.best_trial.number + 1].iloc[0]
+        best = done.loc[done["value"].idxmax()]
         many = int(table["state"].isin(("complete", "pruned")).sum())
         first, *others = say_search(best, done[done["default"] == 1], many, [*self.space])
         self.log(f"\nBest    {first}")

@@ -44,7 +44,7 @@ DRAW = {
                     dld.calibration_bins(SURE[:1], Y[:1])),
     "deletion": (dld.plot_deletion, {"attention": FALLS, "evidence": FALLS}),
     "comparison": (dld.plot_comparison, RUNS),
-    "roc": (dld.plot_roc, {"$a$ (0.910)": CURVE, "b (nan)": (np.full(1, np.nan),) * 4}),
+    "roc": (dld.plot_roc, {"$a$ (0.910)": CURVE, "b (0.900)": CURVE}),
     "balance": (dld.plot_balance, {part: np.array([50, 9, 700]) for part in ("a", "b", "c")},
                 ["bird", "a class with a rather long name", "$x$"]),
     "lengths": (dld.plot_lengths, np.arange(1000), 400),
