@@ -33,12 +33,12 @@ Contents, with the line where each section begins:
      7  Data ......................... 2731
      8  Tasks ........................ 4716
      9  Machine ...................... 4992
-    10  Figures ...................... 5751
-    11  Report ....................... 6156
-    12  Runs ......................... 7450
-    13  Using a model ................ 8444
-    14  Search and notebook .......... 9210
-    15  Command line ................. 9699
+    10  Figures ...................... 5752
+    11  Report ....................... 6157
+    12  Runs ......................... 7451
+    13  Using a model ................ 8446
+    14  Search and notebook .......... 9212
+    15  Command line ................. 9701
 """
 
 # /// script
@@ -5637,7 +5637,8 @@ class TimeBudget:
         if not self.levels:
             return config.report
         assert self.speed
-        slower = self.laps["evaluation"] / self.speed.evaluation(data, config)
+        # A second on both sides: what is not prediction would make small data look slow.
+        slower = (self.laps["evaluation"] + 1) / (self.speed.evaluation(data, config) + 1)
         for level in self.levels[self.levels.index(config.report):]:
             checks = self.speed.checks(data, replace(config, report=level))
             if slower * checks + self.speed.writing(data) < self.left + self.reserve:
@@ -7934,7 +7935,8 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
 def time_prediction(run: Run) -> float:
     """Seconds a prediction, in the middle of a training that must not notice."""
     data, threads = run.context.data, torch.get_num_threads()
-    some = data.parts["val"][:512]
+    # As many as were measured at first: a handful takes longer each, and so would say too much.
+    some = data.parts["train"][:512]
     machine = replace(run.context.machine, group=DistributedContext())
     seconds = choose_threads(lambda: predict_logits(run.state.model, data.samples, some, machine,
                                                     views=False))

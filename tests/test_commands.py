@@ -330,6 +330,16 @@ def test_the_report_is_shortened_where_training_ended_too_late(digits):
         assert budget.report_level(data, config) == "full", "a flag has chosen"
 
 
+def test_of_small_data_what_is_no_prediction_does_not_count_as_a_slow_machine(digits):
+    config = small("mnist", limit=60)
+    data = dld.build_dataset(digits, config)
+    estimate = dld.SpeedEstimate(config, step=0.01, predict=1e-4, figure=0.1)
+    budget = dld.TimeBudget(time.perf_counter() - 10, 20, speed=estimate,
+                            laps={"evaluation": 0.5},  # of which the predictions are 0.02
+                            levels=("full", "short", "minimal"))
+    assert budget.report_level(data, config) == "full"
+
+
 def test_fewer_threads_are_taken_only_where_they_are_faster():
     several, seconds = torch.get_num_threads(), iter((0.0, 0.02, 0.02, 0.0))
     try:
