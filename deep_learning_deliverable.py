@@ -29,16 +29,16 @@ Contents, with the line where each section begins:
      3  Models ........................ 462
      4  Training ..................... 1033
      5  Evaluation ................... 1811
-     6  Explanations ................. 2481
-     7  Data ......................... 2731
-     8  Tasks ........................ 4716
-     9  Machine ...................... 4992
-    10  Figures ...................... 5752
-    11  Report ....................... 6157
-    12  Runs ......................... 7451
-    13  Using a model ................ 8446
-    14  Search and notebook .......... 9212
-    15  Command line ................. 9701
+     6  Explanations ................. 2482
+     7  Data ......................... 2732
+     8  Tasks ........................ 4717
+     9  Machine ...................... 4993
+    10  Figures ...................... 5753
+    11  Report ....................... 6158
+    12  Runs ......................... 7457
+    13  Using a model ................ 8448
+    14  Search and notebook .......... 9214
+    15  Command line ................. 9703
 """
 
 # /// script
@@ -1813,6 +1813,7 @@ class Checkpointer:
 # ================================================================================================
 
 PARTS = ("train", "val", "test")
+PART_TITLES = ("training", "validation", "test")  # the same for people
 TRAIN_SAMPLES_MEASURED = 2000  # enough to tell the training accuracy to a point
 VIEWED_SHARE = 0.2  # of the validation pictures: those are predicted from several views
 
@@ -6527,6 +6528,11 @@ def has_learned(m: Meta) -> bool:
     return bool(m["commonest_gain_low"] > 0)
 
 
+def tests_too_few(m: Meta) -> bool:
+    """Whether a network that is not shown to have learnt seems to have, on a handful of samples."""
+    return bool(m["test_samples"] < 100 and m["commonest_gain"] > 0.2)
+
+
 def say_result(m: Meta) -> str:
     """The headline."""
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
@@ -6534,7 +6540,7 @@ def say_result(m: Meta) -> str:
     text = f"Right on {m['test_accuracy']:.2%} of {tested} ({sides})."
     if has_learned(m):
         return text
-    if m["test_samples"] < 100 and m["commonest_gain"] > 0.2:
+    if tests_too_few(m):
         return (f"{text} These are too few samples to show that it is better than always saying "
                 "the commonest class.")
     return f"{text} Nothing learned: not shown to be better than always saying the commonest class."
@@ -6886,7 +6892,8 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
     cited = references(evaluation, settings)
 
     def figure(name: str, finding: str) -> Block | None:
-        return figures.get(name) and {**(figures[name] or {}), "finding": finding}
+        block = figures.get(name)
+        return block and {**block, "finding": finding}
 
     write_page(folder / "report.html", title, {
         "Result": report_result(m, meta),
@@ -6905,7 +6912,7 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
             figure("roc_pr", "How many of a class are found, against how many others are taken "
                              "for it (left) and how many of those found are right (right), for "
                              "every threshold. AUC 1 is perfect, 0.5 is chance."))],
-        "Explanations": report_explanations(evaluation, figures, figure, settings["report"]),
+        "Explanations": report_explanations(evaluation, figure, settings["report"]),
         "Faults of the data": report_faults(evaluation, figure),
         "Cost": [facts_block("Time, size and memory", COST_FORMATS, m), text_block(
             "One prediction is of one view; the pictures it is least sure of, about a fifth, take "
@@ -6994,7 +7001,7 @@ def report_data(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Blo
                    f"{plural(len(names), 'class', 'classes')}: {shorten(names, 200)}."
                    + others * bool(unlabelled)),
         table_block("Parts", pd.DataFrame({
-            "part": ["training", "validation", "test"], noun: [*sizes.values()],
+            "part": PART_TITLES, noun: [*sizes.values()],
             "share": [f"{n / sum(sizes.values()):.1%}" for n in sizes.values()],
             "what for": [uses[part] for part in PARTS]})),
         columns_block(figure("class_balance", say_balance(evaluation)),
@@ -7094,17 +7101,16 @@ def confusion_cells(evaluation: Evaluation, block: Block | None) -> Block | None
             "cells": cells, "caption": "Test samples, share of the row"}
 
 
-def report_explanations(evaluation: Evaluation, figures: dict[str, Block | None], figure: Any,
-                        level: str) -> list[Block | None]:
+def report_explanations(evaluation: Evaluation, figure: Any, level: str) -> list[Block | None]:
     """Why it decides so, and whether the explanations can be trusted."""
     blocks: list[Block | None] = []
     for name in EXPLANATIONS:
-        if block := figures.get(name):
+        if block := figure(name, f"{': '.join(EXPLANATIONS[name])}."):
             said = f"It was not put to the test (--report {level}; full does it)."
             if name in evaluation.deletion:
                 n = len(evaluation.deletion[name]["explained"])
                 said = say_explanation(evaluation.metrics, name, n)
-            blocks += [{**block, "finding": f"{': '.join(EXPLANATIONS[name])}."}, text_block(said)]
+            blocks += [block, text_block(said)]
     return [*blocks, details_block("How it was tested", figure(
                 "deletion", "How fast the prediction fades while what is marked is deleted.")),
             figure("feature_maps", "What the first convolution that learns and a middle one make "
@@ -7180,9 +7186,8 @@ def say_advice(m: Meta, history: pd.DataFrame, settings: Meta) -> list[str]:
     said = ["Let the training end: --resume goes on."] * ("ended" in m)
     learnt = max(m["train_accuracy"], history["train_accuracy"].max())
     if not has_learned(m):
-        few = m["test_samples"] < 100 and m["commonest_gain"] > 0.2
-        said.append("More test samples." if few else "Check that the classes can be told from the "
-                    "samples, and that the labels are right.")
+        said.append("More test samples." if tests_too_few(m) else "Check that the classes can be "
+                    "told from the samples, and that the labels are right.")
     elif training_gap(m)[1] > 0:
         said.append("More training data, or more variation of it: training samples are known "
                     "better than new ones.")
@@ -7208,7 +7213,8 @@ PRETRAINED_HINT = ("Of so few pictures, weights that have seen others usually ma
 
 def small_pictures(m: Meta, settings: Meta) -> bool:
     """Whether these are few pictures of the user's own, learnt from scratch."""
-    return bool(settings["task"] == "images" and m["train_samples"] < 10_000
+    task = TASKS[settings["task"]]
+    return bool(task.read_own and task.kind == "image" and m["train_samples"] < 10_000
                 and not settings["pretrained"] and not settings["init"])
 
 
@@ -7597,7 +7603,7 @@ def verdicts(evaluation: Evaluation, where: Tensor) -> list[Verdict]:
 
 
 def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation,
-                  level: str = "full") -> dict[str, Block | None]:
+                  level: str) -> dict[str, Block | None]:
     """Every figure but the curves, as the report shows them."""
     title, samples, name = evaluation.title, evaluation.data.samples, evaluation.data.name
     many, few, worst = samples.shown
@@ -7656,7 +7662,7 @@ def describe_with_figures(folder: Path, model: nn.Module, evaluation: Evaluation
     counts = {part: data.labels[data.parts[part]].bincount(minlength=len(classes)).numpy()
               for part in PARTS}
     order = np.argsort(-counts["train"], kind="stable")[:40]
-    parts = zip(("training", "validation", "test"), counts.values(), strict=True)
+    parts = zip(PART_TITLES, counts.values(), strict=True)
     plot_balance({part: some[order] for part, some in parts}, [classes[i] for i in order],
                  folder / "class_balance.png", f"{name}\nsamples of each class"
                  + ": the 40 largest" * (len(classes) > 40))
@@ -8299,47 +8305,43 @@ def refuse_settings(given: Meta, job: str, allowed: Sequence[str] = ()) -> None:
                          f"{flag_name(min(unfit))}")
 
 
-def train_all(given: Meta, log: Log) -> None:
-    """Every built-in task in turn, then the comparison; each gets an equal share of a budget."""
+def train_in_turn(each: list[Meta], given: Meta, log: Log) -> list[Path]:
+    """Trainings one after another; each gets an equal share of a budget."""
     budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
     budget.seconds = parse_seconds(given["budget"]) if "budget" in given else 0.0
-    each = [{**given, "task": name} for name, task in TASKS.items() if not task.read_own]
     for one in each:  # refuse what one would refuse before the first has trained for minutes
         resolve_config(one)
     runs = []
     for place, one in enumerate(each):
-        if budget.seconds:  # 5 seconds are for the comparison
-            one["budget"] = f"{max(1, (budget.left - 5) / (len(each) - place)):.0f}s"
+        if budget.seconds:  # 5 seconds are for the page about all
+            one = {**one, "budget": f"{max(1, (budget.left - 5) / (len(each) - place)):.0f}s"}
         log("=" * 79)
         runs.append(train_run(one, log))
         log.attach(None)
+    log("=" * 79)
+    return runs
+
+
+def train_all(given: Meta, log: Log) -> None:
+    """Every built-in task in turn, then the comparison."""
+    runs = train_in_turn([{**given, "task": name} for name, task in TASKS.items()
+                          if not task.read_own], given, log)
     if join_group().is_leader:
-        log("=" * 79)
         show_comparison(runs, runs[0].parent, log)
 
 
 def train_seeds(many: int, given: Meta, log: Log) -> None:
-    """The same run with several seeds, then one page about all; each gets a share of a budget."""
+    """The same run with several seeds, then one page about all."""
     if not 2 <= many <= 100:
         raise UsageError(f"--seeds {many}: give 2 to 100")
     if given.get("task") == "all":
         raise UsageError("--seeds takes one --task at a time, not all")
-    budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
-    budget.seconds = parse_seconds(given["budget"]) if "budget" in given else 0.0
-    config = resolve_config(given)  # refuses before the first has trained for minutes
-    costs = "share the budget" if budget.seconds else f"take {many} times as long as one"
-    log(say("Seeds", f"{config.seed} to {config.seed + many - 1}: {many} trainings one after "
-            f"another, which {costs}", 8))
-    runs = []
-    for place in range(many):
-        one = {**given, "seed": config.seed + place}
-        if budget.seconds:  # 5 seconds are for the page
-            one["budget"] = f"{max(1, (budget.left - 5) / (many - place)):.0f}s"
-        log("=" * 79)
-        runs.append(train_run(one, log))
-        log.attach(None)
+    first = resolve_config(given).seed
+    costs = "share the budget" if "budget" in given else f"take {many} times as long as one"
+    log(say("Seeds", f"{first} to {first + many - 1}: {many} trainings one after another, which "
+            f"{costs}", 8))
+    runs = train_in_turn([{**given, "seed": first + place} for place in range(many)], given, log)
     if join_group().is_leader:
-        log("=" * 79)
         for line in write_seeds(runs):
             log(line)
 
