@@ -3383,10 +3383,10 @@ def tokenize_once(folder: Path, key: str, read: Callable[[], Sequence[str]]) -> 
         tokens = tokenize(read())
         for name, some in (("texts", tokens.texts), ("words", tokens.words)):
             parts = [one.encode("utf-8", "surrogatepass") for one in some]
-            np.save(place / name, np.frombuffer(b"".join(parts), np.uint8))
-            np.save(place / f"{name}_ends", np.cumsum([len(part) for part in parts]))
-        np.save(place / "flat", tokens.flat.numpy())
-        np.save(place / "start", tokens.start.numpy())
+            save_array(place / f"{name}.npy", np.frombuffer(b"".join(parts), np.uint8))
+            save_array(place / f"{name}_ends.npy", np.cumsum([len(part) for part in parts]))
+        save_array(place / "flat.npy", tokens.flat.numpy())
+        save_array(place / "start.npy", tokens.start.numpy())
 
     found = cached_arrays(folder, f"{VERSION} ends {WORD} {key}", make)
     texts, words = (StoredTexts(found[f"{name}.npy"], found[f"{name}_ends.npy"])
@@ -3820,6 +3820,14 @@ def explain_read_errors(path: Path, delete: Path | None = None) -> Iterator[None
                         "again") from problem
 
 
+def save_array(path: Path, array: Any) -> None:
+    """Write an .npy file; np.save does not notice when its last bytes find no room."""
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
 def cached_arrays(folder: Path, key: str, make: Callable[[Path], Any]) -> dict[str, np.ndarray]:
     """The arrays (*.npy) that `make` puts into a folder: made once for this key, then mapped."""
     mark = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
@@ -3840,9 +3848,14 @@ def cached_arrays(folder: Path, key: str, make: Callable[[Path], Any]) -> dict[s
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(new, folder)
         return {name: np.load(folder / name, mmap_mode="r") for name in names}
-    with tempfile.TemporaryDirectory() as scratch:  # then in memory, and again the next time
-        make(Path(scratch))
-        return {path.name: np.load(path) for path in Path(scratch).iterdir()}
+    try:
+        with tempfile.TemporaryDirectory() as scratch:  # then in memory, and again the next time
+            make(Path(scratch))
+            return {path.name: np.load(path) for path in Path(scratch).iterdir()}
+    except OSError as problem:
+        raise DataError(f"no room for the prepared data, neither in {near} nor for temporary files "
+                        f"({problem.strerror or problem}); make room, or name another --data-dir"
+                        ) from problem
 
 
 @dataclass(frozen=True)
@@ -4243,6 +4256,9 @@ def decode_pictures(found: list[SampleFile], form: Meta, place: Path) -> None:
     """Write pixels.npy with all pictures; broken.npy and why.npy say which are not, and why."""
     from joblib import Parallel, delayed
     shape = (len(found), form["channels"], form["side"], form["side"])
+    needed, free = math.prod(shape), shutil.disk_usage(place).free
+    if needed > free:  # a page of a mapped file that finds no room ends the process without a word
+        raise OSError(errno.ENOSPC, f"{format_size(needed)} needed, {format_size(free)} left")
     pixels = np.lib.format.open_memmap(place / "pixels.npy", "w+", np.uint8, shape)
 
     def decode_one(i: int) -> str:
@@ -4258,8 +4274,8 @@ def decode_pictures(found: list[SampleFile], form: Meta, place: Path) -> None:
         # Threads are enough: Pillow lets go of the interpreter's lock while it decodes.
         reasons = Parallel(-1, prefer="threads")(map(delayed(decode_one), range(len(found))))
     broken = [i for i, why in enumerate(reasons) if why]
-    np.save(place / "broken.npy", broken)
-    np.save(place / "why.npy", [reasons[i] for i in broken])
+    save_array(place / "broken.npy", broken)
+    save_array(place / "why.npy", [reasons[i] for i in broken])
 
 
 def list_pictures(config: Config) -> tuple[list[SampleFile], Skipped]:

@@ -317,16 +317,41 @@ def test_names_that_are_no_unicode_are_cleaned_where_they_come_in(
     assert "100" in said(capsys, "--predict", "\ud800 \udce9", "--run", "outputs/text-half") + "100"
 
 
+@contextlib.contextmanager
+def room_for_files_of(size):
+    """A larger file does not fit, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_no_room_for_the_prepared_data_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of_shapes(tmp_path / "shapes", 60)
+    with room_for_files_of(200):
+        last = said(capsys, *start("images", "shapes"), code=3).splitlines()[-1]
+        with pytest.raises(dld.DataError, match="no room for the prepared data"):
+            dld.tokenize_once(tmp_path / "cache", "films", lambda: ["a good film"] * 100)
+    assert last.startswith(f"error: no room for the prepared data, neither in {tmp_path}")
+    assert last.endswith("make room, or name another --data-dir")
+
+
+def test_pictures_that_cannot_fit_the_disk_are_not_begun(tmp_path):
+    with pytest.raises(OSError, match="MB needed"):  # mapped, they would end the process
+        dld.decode_pictures(range(10**9), {"side": 64, "channels": 3}, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
 def test_a_disk_that_fills_costs_what_does_not_fit_alone(tmp_path, monkeypatch, undrawn, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--task", "mnist", "--data", "offline", *SHORT, "--width", "128"]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, hard))  # a larger file does not fit
-    try:
+    with room_for_files_of(250_000):
         out = said(capsys, *flags, code=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     run = tmp_path / "outputs" / "mnist-offline-digits"
     assert "WARNING  cannot save" in out and "WARNING  1 file of" in out and "Test accuracy" in out
     assert out.splitlines()[-1].startswith("error: 1 file of") and "make room" in out
