@@ -2932,61 +2932,17 @@ def augment_batch(x: Tensor, noise: torch.Generator, mirrored: Tensor, shift: fl
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-class SampleData:
-    """The samples of a data set as one array, on the model's device: ImageData or TextData.
-
-    All that the other sections ask of samples is named here; each kind says how.
-    """
-
-    kind = noun = request = ""  # image or text; for people; for a server
-    models: dict[str, ModelBuilder]
-    explain: Callable[..., dict[str, Tensor]]  # (model, batch, classes) -> {method: strength}
-    baseline: Callable[[Dataset], tuple[str, Tensor]]  # a simple method and its test predictions
-    shown = (24, 12, 4)  # in a figure; explained at random; explained of the mistakes
-    # Explanations put to the test, by --report; predictions that one takes.
-    tested, test_cost = {"full": 100, "short": 20}, 80
-    tta_margin = 0.0  # where the best logit leads by less, views are averaged
-    at_once = 128  # so many are predicted at a time
-    made_at_once = 0  # so many are made for training at a time, if that is more than a batch
-    # pack(x): samples as they come, as one array. arrays(): all that a network can see of them.
-    # fit_preprocessing(packed, rows, config): what the training rows teach.
-    # plan(rows, size, order): positions in `rows`, batch by batch.
-    # batch(rows, noise, epoch, shard): the model's input. show(row): to look at.
-    # near_repeats(rows, among): (row, other row, likeness). blank_rows(rows): what holds nothing.
-    # statistics(rows): numbers of each sample, whose distribution may drift.
-    # read_inputs(argument, meta): what a --predict argument stands for.
-    # read_labelled(config, meta, say): the user's data with its classes, and what is none of it.
-    # decode_request(sent, meta): a sample that a stranger sent to the server.
-
-    def __len__(self) -> int:
-        return len(self.start if isinstance(self, TextData) else self.pixels)  # type: ignore
-
-    def content(self, row: int) -> bytes:
-        """What makes a sample the same as another."""
-        shown: Any = self.show(row)  # type: ignore[attr-defined]
-        return shown.encode("utf-8", "surrogatepass") if isinstance(shown, str) else shown.tobytes()
-
-    def identities(self, rows: Tensor) -> Tensor:  # int64 [len(rows)]
-        """A fingerprint for each sample, equal for samples that are the same."""
-        marks = (hashlib.blake2b(self.content(row), digest_size=8).digest()
-                 for row in rows.tolist())
-        return torch.tensor(np.frombuffer(b"".join(marks), "<i8"))
-
-    def prepare(self, model: nn.Module, data: Dataset, machine: Machine) -> str:
-        """What is done before the first step; says so."""
-        return ""
-
-    def prediction_note(self, model: nn.Module, row: int) -> str:
-        """What stands beside a prediction."""
-        return ""
-
-
-class ImageData(SampleData):
+# ImageData and TextData have the same methods: all that the other sections ask of samples.
+class ImageData:
     """Pictures as one uint8 tensor; a batch is cut, varied and normalised."""
 
     kind, noun = "image", "pictures"
     models, explain = IMAGE_MODELS, staticmethod(explain_images)
     baseline = staticmethod(pixel_baseline)
+    shown = (24, 12, 4)  # in a figure; explained at random; explained of the mistakes
+    # Explanations put to the test, by --report; predictions that one takes.
+    tested, test_cost = {"full": 100, "short": 20}, 80
+    made_at_once = 0  # so many are made for training at a time, if that is more than a batch
     request = ('a picture: its file with "Content-Type: image/png" (or alike), or JSON: '
                '{"image": "its base64"}')
 
@@ -2996,10 +2952,15 @@ class ImageData(SampleData):
         self.std = torch.tensor(meta["std"], dtype=torch.float32).mul(255).view(1, -1, 1, 1)
         self.augment: dict[str, Any] = meta["augment"]
         area = meta["side"] ** 2
-        self.at_once = max(1, min(128, 2**23 // area))  # for the memory's sake
+        # So many are predicted at a time, for the memory's sake.
+        self.at_once = max(1, min(128, 2**23 // area))
         # A GPU waits for each launch, so let there be few; but networks from elsewhere are large.
         self.most_at_once = min(2048, 2**21 // area) if meta.get("model") in IMAGE_MODELS else 0
+        # Where the best logit leads by less, views are averaged.
         self.tta_margin = float(meta["views"])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
 
     @staticmethod
     def pack(x: Any) -> Tensor:
@@ -3030,9 +2991,11 @@ class ImageData(SampleData):
         return meta | {"patches": (products / n - torch.outer(sums, sums) / n**2).tolist()}
 
     def arrays(self) -> list[np.ndarray]:
+        """All that a network can see of the samples."""
         return [self.pixels.cpu().numpy()]
 
-    def identities(self, rows: Tensor) -> Tensor:
+    def identities(self, rows: Tensor) -> Tensor:  # int64 [len(rows)]
+        """A fingerprint for each sample, equal for samples that are the same."""
         random, marks = np.random.default_rng(0), [np.empty(0, np.uint64)]
         size = self.pixels[0].numel()
         factor = random.integers(2**63, size=math.ceil(size / 8), dtype=np.uint64) | np.uint64(1)
@@ -3128,6 +3091,7 @@ class ImageData(SampleData):
                                for x in self.pixel_chunks(rows)])]
 
     def statistics(self, rows: Tensor) -> dict[str, Tensor]:
+        """Numbers of each sample, whose distribution may drift."""
         found: dict[str, list[Tensor]] = defaultdict(list)
         for x in self.pixel_chunks(rows):
             x = x.float() / 255
@@ -3143,6 +3107,14 @@ class ImageData(SampleData):
     def show(self, row: int) -> np.ndarray:
         """[H, W] or [H, W, 3]."""
         return self.pixels[row].permute(1, 2, 0).squeeze(-1).cpu().numpy()
+
+    def prepare(self, model: nn.Module, data: Dataset, machine: Machine) -> str:
+        """What is done before the first step; says so."""
+        return ""
+
+    def prediction_note(self, model: nn.Module, row: int) -> str:
+        """What stands beside a prediction."""
+        return ""
 
     def estimate_seconds(self, data: Dataset) -> dict[str, float]:
         """About how long, on two cores."""
@@ -3186,7 +3158,7 @@ class ImageData(SampleData):
 
     @staticmethod
     def decode_request(sent: bytes | str, meta: Meta) -> np.ndarray:
-        """The bytes of its file, or these in base64."""
+        """What a stranger sent to the server: the bytes of a file, or these in base64."""
         if isinstance(sent, str):
             try:
                 sent = sent.partition(",")[2] if sent.startswith("data:") else sent
@@ -3210,6 +3182,7 @@ class ImageData(SampleData):
 
     @classmethod
     def read_inputs(cls, argument: Any, meta: Meta) -> Iterator[Given]:
+        """What a --predict argument stands for: a picture, or those of a folder."""
         if not isinstance(argument, str):
             yield from (Given(type(argument).__name__, x) for x in cls.read_all([argument], meta))
             return
@@ -3224,6 +3197,7 @@ class ImageData(SampleData):
 
     @classmethod
     def read_labelled(cls, config: Config, meta: Meta, say: Any) -> tuple[Iterator[Given], Skipped]:
+        """The user's data with its classes, and what is none of it."""
         found, skipped = list_pictures(config)
         samples = cls.read_all([one.content for one in found], meta)
         return (Given(one.name, x, one.label) for one, x in zip(found, samples, strict=True)
@@ -3400,7 +3374,7 @@ def longest_text(meta: Meta) -> int:
     return max(int(meta["max_tokens"]), 0 if meta.get("wide") is None else WIDE_TOKENS)
 
 
-class TextData(SampleData):
+class TextData:
     """Texts as one array of token numbers; a batch holds texts of like length, padded."""
 
     kind, noun = "text", "texts"
@@ -3408,6 +3382,7 @@ class TextData(SampleData):
     baseline = staticmethod(phrase_baseline)
     shown = (12, 4, 2)
     tested, test_cost = {"full": 50, "short": 10}, 300
+    at_once, made_at_once, tta_margin = 128, 0, 0.0
     request = 'a text as JSON: {"text": "a wonderful film"}'
 
     def __init__(self, tokens: Tokens, meta: Meta) -> None:
@@ -3424,6 +3399,9 @@ class TextData(SampleData):
         self.places = [self.start, self.length - self.kept, self.kept]
         self.head = self.longest // 2  # a longer text keeps so much of its beginning
 
+    def __len__(self) -> int:
+        return len(self.start)
+
     pack = staticmethod(tokenize)
 
     @classmethod
@@ -3438,6 +3416,11 @@ class TextData(SampleData):
     def arrays(self) -> list[np.ndarray]:
         words = "\0".join(self.tokens.words).encode("utf-8", "surrogatepass")
         return [self.tokens.flat.numpy(), self.tokens.start.numpy(), np.frombuffer(words, np.uint8)]
+
+    def identities(self, rows: Tensor) -> Tensor:
+        texts = (self.show(row).encode("utf-8", "surrogatepass") for row in rows.tolist())
+        marks = [hashlib.blake2b(text, digest_size=8).digest() for text in texts]
+        return torch.tensor(np.frombuffer(b"".join(marks), "<i8"))
 
     def to(self, device: torch.device) -> TextData:
         """Move the token array; lengths stay as well, since batches are planned on the CPU."""
