@@ -3644,20 +3644,16 @@ class TextData:
         """The text itself, or the texts of a file, table or folder."""
         if not isinstance(argument, str):
             raise UsageError(f"--predict {type(argument).__name__}: this run's model reads texts")
-        place = Path(argument)
-        try:
-            kind = "" if not argument else "folder" if place.is_dir() else (
-                "file" if place.exists() else "")
-        except (OSError, ValueError):
-            kind = ""  # a long sentence is no possible file name
-        if kind == "folder":
+        place, ending = Path(argument), Path(argument).suffix.lower()
+        # Not Path's own methods, which raise an error where a sentence is too long for a name.
+        if os.path.isdir(argument):
             yield from (Given(str(path), read_text(path)) for path in list_files(place)
                         if path.suffix.lower() == ".txt" and path.is_file())
-        elif kind and place.suffix.lower() in TABLE_ENDINGS:
+        elif os.path.exists(argument) and ending in TABLE_ENDINGS:
             yield from open_table(place, meta)
-        elif kind:
+        elif os.path.exists(argument):
             blob = read_bytes(place)
-            if b"\0" in blob or place.suffix.lower() in PICTURE_ENDINGS:
+            if b"\0" in blob or ending in PICTURE_ENDINGS:
                 raise UsageError(f"--predict {argument}: not a text file; this run's model reads "
                                  "texts")
             lines = decode(blob.removeprefix(codecs.BOM_UTF8)).splitlines()
