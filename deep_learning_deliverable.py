@@ -3187,7 +3187,7 @@ class ImageData:
             yield from (Given(type(argument).__name__, x) for x in cls.read_all([argument], meta))
             return
         place = Path(argument)
-        if not place.exists():
+        if not os.path.exists(argument):  # Path.exists raises an error where a name is too long
             raise UsageError(f"--predict {argument}: no such file; this run's model reads pictures")
         files = [place]
         if place.is_dir():
@@ -3658,7 +3658,7 @@ class TextData:
                                  "texts")
             lines = decode(blob.removeprefix(codecs.BOM_UTF8)).splitlines()
             yield from (Given(line, line) for line in lines if line.strip())
-        elif re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|md)", argument):
+        elif re.fullmatch(r".+\.(txt|csv|tsv|json|jsonl|ndjson|md)", argument):
             raise UsageError(f"--predict {argument}: no such file; a sentence is given as it is, "
                              "in quotes")
         else:

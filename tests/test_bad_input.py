@@ -203,6 +203,7 @@ def edit(name, **values):
 LOOK, MORE = "--predict picture.png --run run", "--resume run --epochs 9"
 RUNS = [
     (nothing, "--predict gone.png --run run", "no such file"),
+    (nothing, f"--predict {'x' * 300} --run run", "no such file"),
     (nothing, f"{LOOK} --explain", "--explain needs --output FILE.csv"),
     (nothing, f"{LOOK} --output no/p.csv", "--output no/p.csv: no such folder"),
     (nothing, f"{LOOK} --lr 1", "leave out --lr"),

@@ -4,6 +4,7 @@ import gzip
 import tarfile
 
 import numpy as np
+import pytest
 import torch
 from conftest import dld, small
 from PIL import Image
@@ -76,6 +77,12 @@ def test_words_keep_negation_marks_with_feeling_and_single_signs_of_unspaced_scr
         "don't", "stop", "!", "a", "10/10", "film", "?", "😀", "naïve", ":)", "either", "or",
         "iphone", "很", "好", "こ", "れ"]
     assert dld.decode("naïve 😀".encode() + " café".encode("latin-1")) == "naïve 😀 café"
+
+
+@pytest.mark.parametrize("ending", ["txt", "ndjson"])
+def test_the_name_of_a_file_that_is_not_there_is_no_text(ending):
+    with pytest.raises(dld.UsageError, match="no such file"):
+        next(dld.TextData.read_inputs(f"gone.{ending}", {}))
 
 
 def test_long_texts_keep_beginning_and_end_and_empty_ones_are_inputs():
