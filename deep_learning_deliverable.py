@@ -2880,13 +2880,11 @@ def split_rows(raw: RawData, config: Config) -> dict[str, Tensor]:
 def fold_rows(parts: dict[str, Tensor], labels: Tensor, config: Config) -> list[dict[str, Tensor]]:
     """Each fold's parts: stratified; every training row validates once, the test part never."""
     # Drawn by the seed, like the validation part that the folds stand for.
-    rows = parts["train"]
-    random = np.random.default_rng(config.seed)
-    order = stratified_order(labels[rows].numpy(), random.permutation)
-    blocks = [rows[torch.from_numpy(np.sort(block))]
-              for block in np.array_split(order, config.folds)]
-    return [{**parts, "val": block, "train": torch.cat(
-        [other for other in blocks if other is not block]).sort().values} for block in blocks]
+    rows = parts["train"].numpy()
+    order = stratified_order(labels[rows].numpy(), np.random.default_rng(config.seed).permutation)
+    return [{**parts, "val": torch.from_numpy(np.sort(block)),
+             "train": torch.from_numpy(np.setdiff1d(rows, block))}
+            for block in np.array_split(rows[order], config.folds)]
 
 
 # -- pictures ------------------------------------------------------------------------------------
