@@ -3341,10 +3341,7 @@ class StoredTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, row: Any) -> Any:
-        if isinstance(row, slice):
-            return [self[i] for i in range(*row.indices(len(self)))]
-        row = range(len(self))[row]  # from behind too; and what is no row ends a loop
+    def __getitem__(self, row: Any) -> Any:  # no slices, and none from behind
         begin = self.ends[row - 1] if row else 0
         return self.joined[begin:self.ends[row]].tobytes().decode("utf-8", "surrogatepass")
 
