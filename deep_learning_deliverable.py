@@ -3294,7 +3294,6 @@ UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0e7f"
 WORD = (rf"\d+/\d+|[^\W{UNSPACED}]+(?:['’][^\W{UNSPACED}]+)*|[{UNSPACED}]|"
         r"[:;=]-?[()]+|[^\w\s.,;:()\"'*/_<>-]")
 find_words = re.compile(WORD).findall
-GAP = ("…", 0.0)  # in place of words that are left out
 
 
 def decode(text: bytes) -> str:
@@ -3468,11 +3467,11 @@ class TextData:
 
     def weighted_words(self, rows: Tensor, weights: Tensor) -> list[list[tuple[str, float]]]:
         """For each text its words with their weights [B, T], a gap where its middle was cut."""
-        texts = [list(zip(self.words(row), weight.tolist(), strict=False))
-                 for row, weight in zip(rows.tolist(), weights, strict=True)]
-        for row, words in zip(rows.tolist(), texts, strict=True):
-            if self.length[row] > len(words):
-                words.insert(self.head, GAP)
+        texts = []
+        for row, weight in zip(rows.tolist(), weights, strict=True):
+            texts.append(list(zip(self.words(row), weight.tolist(), strict=False)))
+            if self.length[row] > len(texts[-1]):
+                texts[-1].insert(self.head, ("…", 0.0))
         return texts
 
     def show(self, row: int) -> str:
@@ -3578,7 +3577,7 @@ class TextData:
         heavy = [f"{word.strip('.,;:()') or word} {weight:.0%}"
                  for word, weight in sorted(words, key=lambda pair: -pair[1])[:4]
                  if weight > 1 / len(words)]
-        there = self.tokens.flat[self.start[row]:self.start[row] + self.length[row]].long()
+        there = self.tokens.of(rows)[0]
         unknown = dict.fromkeys(self.tokens.words[i]
                                 for i in there[self.table[there] == UNKNOWN].tolist())
         unknown.pop("", None)  # an empty text is one empty word
