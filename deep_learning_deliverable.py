@@ -3045,8 +3045,7 @@ class ImageData:
 
     def pixel_chunks(self, rows: Tensor) -> Iterator[Tensor]:
         """The pixels of these rows, some at a time."""
-        return (self.pixels[some.to(self.pixels.device)]
-                for some in memory_chunks(rows, self.pixels))
+        return (self.pixels[some] for some in memory_chunks(rows, self.pixels))
 
     # Neighbours in the network's last layer took 37 s instead of 3, and found fewer of them.
     def near_repeats(self, rows: Tensor, among: Tensor) -> list[tuple[int, int, float]]:
@@ -3074,9 +3073,9 @@ class ImageData:
             if not candidate.any():
                 continue
             some, others = some[candidate.cpu()], among[which[candidate].cpu()]
-            pictures = self.pixels[some.to(self.pixels.device)].float()
-            alike = torch.stack([correlate(pictures, self.pixels[other.to(
-                self.pixels.device)].float(), mirror) for other in others.T], 1).cpu()
+            pictures = self.pixels[some].float()
+            alike = torch.stack([correlate(pictures, self.pixels[other].float(), mirror)
+                                 for other in others.T], 1).cpu()
             usual = alike[:, 2:].amax(1) if len(among) > 2 else -torch.ones(len(some))
             repeats = (alike[:, 0] > 0.9) & (1 - alike[:, 0] <= 0.3 * (1 - usual))
             found += zip(some[repeats].tolist(), others[repeats, 0].tolist(),
