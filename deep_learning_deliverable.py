@@ -3255,8 +3255,6 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
                 raise ValueError("16-bit colours that are nearly black: save them with 8 bits")
             clear = "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA")
             picture = picture.convert("RGBA" if clear else "L" if grey else "RGB")
-    except FileNotFoundError as problem:
-        raise UnreadableSample("no such file") from problem
     except Image.UnidentifiedImageError as problem:
         raise UnreadableSample("not a picture that can be read") from problem
     except Exception as problem:  # a damaged file can raise nearly anything
