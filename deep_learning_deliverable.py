@@ -3138,12 +3138,11 @@ class ImageData:
     def write_maps(self, rows: Tensor, verdicts: Sequence[Verdict], names: list[list[str]],
                    maps: Tensor, path: Path, title: str) -> Block:
         """A figure of these pictures, each beside its maps [methods, B, H, W] for these classes."""
-        dressed = [{f"for {name}": strength.cpu().numpy()
-                    for name, strength in zip(some, maps[:, i], strict=False)}
-                   for i, some in enumerate(names)]
+        dressed = [{f"for {name}": strength for name, strength in zip(some, found, strict=False)}
+                   for some, found in zip(names, maps.cpu().numpy().swapaxes(0, 1), strict=True)]
         path = path.with_suffix(".png")
         plot_maps([self.show(row) for row in rows.tolist()], verdicts, dressed, path, title)
-        return figure_block(path, "") or text_block("This figure could not be written.")
+        return figure_block(path) or text_block("This figure could not be written.")
 
     def explain_for_server(self, model: nn.Module, rows: Tensor,
                            label: Tensor) -> list[dict[str, Any]]:
