@@ -1550,10 +1550,10 @@ class Optimizer:
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, names: Sequence[str]) -> None:
         self.lr, self.param_groups = lr, groups  # the highest rate
-        self.state = {name: [torch.zeros_like(p) for group in groups for p in group["params"]]
-                      for name in names}
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.state = {name: {p: torch.zeros_like(p) for p in self.parameters} for name in names}
         self.rate: Tensor | float = lr
-        if gpus := {p.device for group in groups for p in group["params"] if p.is_cuda}:
+        if gpus := {p.device for p in self.parameters if p.is_cuda}:
             self.rate = torch.full((), lr, device=gpus.pop())
 
     def set_rate(self, rate: float) -> None:
@@ -1566,26 +1566,20 @@ class Optimizer:
     def learning(self, group: dict[str, Any]
                  ) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
         """Of a group: the parameters that have a gradient, those, and what `state` has of each."""
-        pairs = ((p, of) for of in self.param_groups for p in of["params"])
-        some = [(i, p, p.grad) for i, (p, of) in enumerate(pairs)
-                if of is group and p.grad is not None]
-        kept = [[values[i] for i, *_ in some] for values in self.state.values()]
-        return [p for _, p, _ in some], [gradient for *_, gradient in some], kept
+        some = [p for p in group["params"] if p.grad is not None]
+        kept = [[values[p] for p in some] for values in self.state.values()]
+        return some, [p.grad for p in some], kept
 
     def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    def step(self) -> None:
-        raise NotImplementedError
+        for p in self.parameters:
+            p.grad = None
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        return self.state
+        return {name: [*own.values()] for name, own in self.state.items()}
 
     def load_state_dict(self, values: dict[str, list[Tensor]]) -> None:
         for name, own in self.state.items():
-            for mine, saved in zip(own, values[name], strict=True):
+            for mine, saved in zip(own.values(), values[name], strict=True):
                 mine.copy_(saved)
 
 
@@ -1594,7 +1588,7 @@ class AdamW(Optimizer):
 
     def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
         super().__init__(groups, lr, ("mean", "square", "steps"))
-        self.state["steps"] = [torch.zeros((), device=p.device) for p in self.state["steps"]]
+        self.state["steps"] = {p: torch.zeros((), device=p.device) for p in self.parameters}
 
     @torch.no_grad()
     def step(self) -> None:

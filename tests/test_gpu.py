@@ -302,7 +302,7 @@ def plant_in_loss(state, context, monkeypatch):
 
 def plant_in_optimizer(state, context, monkeypatch):
     name = next(iter(state.optimizer.state))
-    state.optimizer.state[name] = [x.cpu() for x in state.optimizer.state[name]]
+    state.optimizer.state[name] = {p: x.cpu() for p, x in state.optimizer.state[name].items()}
     dld.fit(state, context)
 
 
