@@ -2156,10 +2156,7 @@ def measure_layers(model: nn.Module, x: Tensor, most: int = 40) -> pd.DataFrame:
     device, fast_attention = x.device, torch.backends.mha.get_fastpath_enabled()
     # Fused LSTMs and attention are one opaque operation; unfused, the products inside are seen.
     torch.backends.mha.set_fastpath_enabled(False)
-    def enter(module: nn.Module, _: Any) -> None:
-        running.append(module)
-
-    hooks = forward_hooks(model, leave, enter)
+    hooks = forward_hooks(model, leave, lambda module, _: running.append(module))
     with warnings.catch_warnings(), torch.no_grad(), hooks, Tally():
         warnings.simplefilter("ignore")  # switching oneDNN off and on mentions Intel's GPUs
         with torch.backends.mkldnn.flags(enabled=False):
@@ -2172,14 +2169,14 @@ def measure_layers(model: nn.Module, x: Tensor, most: int = 40) -> pd.DataFrame:
 def summarize_layers(names: dict[nn.Module, str], shapes: dict[nn.Module, tuple[int, ...]],
                      found: Counter[nn.Module], most: int) -> pd.DataFrame:
     """The table of `measure_layers`, from what its hooks have seen, innermost modules first."""
-    rows, told = [], set[int]()
+    rows, told = [], set[nn.Parameter]()
     wide = tuple(f"{name}." for module, name in names.items() if isinstance(module, Wide))
     for module, shape in shapes.items():
         if names[module].startswith(wide):
             continue  # it is one layer, which stands beside the others
         # Of a module that computes with a child's weights itself, those count too.
-        own = [p for p in module.parameters() if id(p) not in told]
-        told |= {*map(id, own)}
+        own = {*module.parameters()} - told
+        told |= own
         parameters = sum(p.numel() for p in own)
         leaf = next(module.children(), None) is None and not isinstance(module, nn.Identity)
         if leaf or parameters or found[module]:
