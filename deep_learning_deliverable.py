@@ -1899,14 +1899,12 @@ def bootstrap_f1(matrix: np.ndarray, draws: int = 2000) -> tuple[float, float]:
     from scipy.sparse import csr_matrix
     n, random, found = int(matrix.sum()), np.random.default_rng(0), []
     true, predicted = matrix.nonzero()
-    cells, ones = np.arange(len(true)), np.ones(len(true))
-    shape, hit = (len(true), len(matrix)), true == predicted
-    by_true, by_predicted = (csr_matrix((ones, (cells, names)), shape)
-                             for names in (true, predicted))
-    by_right = csr_matrix((ones[hit], (cells[hit], true[hit])), shape)
+    cells, ones, shape = np.arange(len(true)), np.ones(len(true)), (len(true), len(matrix))
+    right = csr_matrix((ones * (true == predicted), (cells, true)), shape)
+    there = csr_matrix((ones, (cells, true)), shape) + csr_matrix((ones, (cells, predicted)), shape)
     for some in np.array_split(np.arange(draws), math.ceil(draws * sum(shape) / 4_000_000)):
         drawn = random.multinomial(n, matrix[true, predicted] / n, len(some))
-        found.append(macro_f1(drawn @ by_right, drawn @ by_true + drawn @ by_predicted))
+        found.append(macro_f1(drawn @ right, drawn @ there))
     low, high = np.quantile(np.concatenate(found), (0.025, 0.975))
     return float(low), float(high)
 
