@@ -2052,7 +2052,7 @@ def find_repeats(data: Dataset, prints: dict[str, Tensor], before: Tensor) -> li
             first = seen.setdefault(mark, row)
             if first != row:
                 found.append(issue("repeat", part, row, labels[row], first, labels[first]))
-            elif part == "test" and mark in learnt:
+            if part == "test" and mark in learnt:  # which may be a copy within the test part
                 found.append(issue("learnt by --init", part, row, labels[row]))
     return found
 

@@ -1,5 +1,6 @@
 """Faults of the data: planted ones are found, and sound data is left in peace."""
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -113,6 +114,14 @@ def test_folds_hold_each_training_sample_once_and_never_a_test_sample(digits):
         assert torch.equal(parts["test"], data.parts["test"])
         counts = data.labels[parts["val"]].bincount(minlength=10)
         assert counts.max() - counts.min() <= 3, "stratified"
+
+
+def test_both_copies_of_a_test_sample_that_init_had_learnt_are_known():
+    parts = {"train": torch.tensor([0]), "val": torch.tensor([1]), "test": torch.tensor([2, 3])}
+    data = SimpleNamespace(labels=torch.zeros(4, dtype=torch.int64), parts=parts)
+    marks = {"train": torch.tensor([10]), "val": torch.tensor([11]), "test": torch.tensor([12, 12])}
+    issues = pd.DataFrame(dld.find_repeats(data, marks, torch.tensor([12])))
+    assert dld.measure_issues(data, issues, torch.tensor([True, True]))["test_repeats"] == 2
 
 
 def test_shuffled_labels_end_in_nothing_learned(tmp_path, monkeypatch, capsys):
