@@ -1434,7 +1434,7 @@ def close_epoch(state: TrainState, context: Context, last: bool = False) -> None
     last = last or state.steps >= state.total()
     if context.config.steps and not last and state.total() < 3 * state.steps / (state.epoch + 1):
         rows = rows[:0]
-    if last and context.affordable:  # all that follows are predictions
+    if last and context.affordable and len(rows):  # all that follows are predictions
         choose_threads(lambda: predict_logits(state.model, data.samples, rows[:256],
                                               context.machine, views=False))
     # Other views of a picture are for the end: they cost as much as a tenth of an epoch.

@@ -99,6 +99,15 @@ def test_the_best_epoch_is_the_best_on_validation_and_patience_stops(digits):
     assert state.epoch < 30
 
 
+def test_nothing_is_timed_where_there_is_nothing_to_predict(digits, monkeypatch):
+    monkeypatch.setattr(dld, "choose_threads", lambda job: pytest.fail("two times of nothing"))
+    config = small("mnist", limit=60, epochs=1, folds=2)  # without a validation part
+    data, machine = dld.build_dataset(digits, config), dld.start_machine(config)
+    state, _ = dld.start_training(data, config, machine)
+    dld.fit(state, dld.Context(config, data, machine, dld.Checkpointer(),
+                               affordable=lambda state: 1))
+
+
 def test_muon_steps_equally_far_in_all_directions_and_keeps_each_weights_length():
     torch.manual_seed(0)
     weight, last = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((8, 4, 3, 3), (5, 8)))
