@@ -2506,7 +2506,7 @@ def feature_maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     def remember(module: nn.Module, _: Any, out: Any) -> None:
         learns = isinstance(module, nn.Conv2d) and module.weight.requires_grad
         if learns and out.shape[-1] > 1:
-            found.append(out[0].float().cpu())
+            found.append(out[0].to("cpu", torch.float32, copy=True))  # an in-place ReLU may follow
 
     with forward_hooks(model, remember):
         model(x)

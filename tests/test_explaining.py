@@ -78,6 +78,14 @@ def test_integrated_gradients_find_the_only_pixel_that_matters():
     assert (gains != 0).sum() == 2
 
 
+def test_feature_maps_are_of_the_convolution_and_not_of_the_in_place_relu_behind_it():
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 1))
+    network[0].weight.data.fill_(-1.0)
+    found = dld.feature_maps(network, torch.rand(1, 1, 8, 8) + 1)
+    assert [*found] == ["first convolution", "middle convolution"]
+    assert (found["first convolution"] < 0).all()
+
+
 @pytest.mark.parametrize("model", dld.ImageData.models)
 def test_every_image_model_gets_an_explanation(shapes, model):
     data = dld.build_dataset(shapes, small("cifar10", model=model))
