@@ -1964,9 +1964,8 @@ def mcnemar(one: np.ndarray, two: np.ndarray) -> float:
 def roc_and_precision(evaluation: Evaluation, k: int) -> tuple[np.ndarray, ...]:
     """Class k against the rest: false and true positive rate; precision and recall."""
     truth, score = evaluation.y == k, evaluation.probs[:, k]
-    fall_out, recall, _ = skmetrics.roc_curve(truth, score)
-    precision, found, _ = skmetrics.precision_recall_curve(truth, score)
-    return fall_out, recall, precision, found
+    return (*skmetrics.roc_curve(truth, score)[:2],
+            *skmetrics.precision_recall_curve(truth, score)[:2])
 
 
 def confused_pairs(matrix: np.ndarray, most: int = 5) -> list[tuple[int, int, int]]:
