@@ -1465,7 +1465,7 @@ def close_epoch(state: TrainState, context: Context, last: bool = False) -> None
         return
     # Without a validation part nothing can be chosen: the last epoch counts.
     if not (best and len(rows)) or (now[judge], -val_loss) > (best[judge], -best["val_loss"]):
-        state.best, state.best_logits = dict(state.history[-1]), logits
+        state.best, state.best_logits = dict(now), logits
         state.best_weights = copy_weights(state.model)
 
 
@@ -2323,8 +2323,8 @@ class PhraseModel:
         if not slots:
             self.name, self.weight, self.bias = fit_linear(self.features(counts), y, classes)
             return
-        self.slots, contrast = min(slots, 2 * len(self.known) + 1), class_contrast(
-            counts, y, classes)
+        self.slots = min(slots, 2 * len(self.known) + 1)
+        contrast = class_contrast(counts, y, classes)
         order = (-contrast * self.scale * np.sqrt(used)).argsort(kind="stable")
         slot = self.known[order] % self.slots
         first = np.sort(order[np.unique(slot, return_index=True)[1]])
@@ -2505,11 +2505,12 @@ def feature_maps(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
     with forward_hooks(model, remember):
         model(x)
-    places = {"first": 0, "middle": len(found) // 2} if len(found) > 1 else {}
+    if len(found) < 2:
+        return {}
+    chosen = {"first convolution": found[0], "middle convolution": found[len(found) // 2]}
     # Those that tell most places apart: others are nearly of one colour.
-    return {f"{name} convolution": found[place][
-        found[place].flatten(1).std(1).argsort(descending=True, stable=True)[:11]]
-        for name, place in places.items()}
+    return {name: maps[maps.flatten(1).std(1).argsort(descending=True, stable=True)[:11]]
+            for name, maps in chosen.items()}
 
 
 def spread_map(cam: Tensor, side: int) -> Tensor:  # [B, h, h] -> [B, side, side]
