@@ -1259,8 +1259,9 @@ class Stepper:
         """A step, and what came out of it added to the sums of the epoch."""
         self.state.optimizer.set_rate(rate)
         self.times[x.shape] += 1
-        if (self.records and x.ndim == 4 and self.times[x.shape] > self.WARM_UP
-                and (x.shape in self.graphs or self.record(x, y))):
+        if self.records and x.ndim == 4 and self.times[x.shape] == self.WARM_UP + 1:
+            self.record(x, y)
+        if x.shape in self.graphs:
             graph, inputs = self.graphs[x.shape]
             for own, new in zip(inputs, (x, y), strict=True):
                 own.copy_(new)
@@ -1280,8 +1281,8 @@ class Stepper:
         self.state.sums += train_step(self.state, self.forward, x, y, known, weight,
                                       self.context.config, self.context.machine)
 
-    def record(self, x: Tensor, y: Tensor) -> bool:
-        """Note what a step launches, without taking it; whether that went well."""
+    def record(self, x: Tensor, y: Tensor) -> None:
+        """Note what a step launches, without taking it."""
         graph, inputs = torch.cuda.CUDAGraph(), [x.clone(), y.clone()]
         try:  # a recording that fails may leave its stream behind
             with (torch.cuda.stream(torch.cuda.current_stream()),
@@ -1295,9 +1296,8 @@ class Stepper:
                 torch._C._cuda_endAllocateToPool(x.get_device(), self.pool)  # type: ignore
             with torch.cuda.graph(torch.cuda.CUDAGraph()):
                 torch.zeros(1, device=x.device)
-            return False
-        self.graphs[x.shape] = graph, inputs
-        return True
+        else:
+            self.graphs[x.shape] = graph, inputs
 
     def stop_recording(self, problem: Exception) -> None:
         """From now on without: what is recorded is given up, what was left halfway mended."""
