@@ -2525,8 +2525,7 @@ def spread_map(cam: Tensor, side: int) -> Tensor:  # [B, h, h] -> [B, side, side
     return F.pad(fine, (0, max(0, side - size)) * 2, "replicate")[:, 0, :side, :side]
 
 
-def layer_cams(model: nn.Module, x: Tensor, label: Tensor,
-               layers: list[nn.Module]) -> list[Tensor]:
+def layer_cams(model: nn.Module, x: Tensor, label: Tensor, layers: list[nn.Module]) -> list[Tensor]:
     """What each place of these layers adds to `label` against the others: [B, h, h] a layer.
 
     Grad-CAM (Selvaraju et al. 2017). In the first layer each place is weighed by its own gradient
