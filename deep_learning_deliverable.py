@@ -6464,10 +6464,14 @@ def p_value(p: float) -> str:
     return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
 
 
+def say_points(difference: float, low: float, high: float) -> str:
+    """A difference with its 95 % interval, in percentage points."""
+    return f"{points(difference)} points, 95% interval {points(low)} to {points(high)}"
+
+
 def say_gain(m: Meta, name: str) -> str:
     """A difference between two methods that were tested on the same samples."""
-    low, high = points(m[f"{name}_gain_low"]), points(m[f"{name}_gain_high"])
-    return f"{points(m[f'{name}_gain'])} points, 95% interval {low} to {high}"
+    return say_points(m[f"{name}_gain"], m[f"{name}_gain_low"], m[f"{name}_gain_high"])
 
 
 def simple_methods(m: Meta) -> dict[str, str]:
@@ -6510,19 +6514,14 @@ def say_result(m: Meta) -> str:
     return f"{text} Nothing learned: not shown to be better than always saying the commonest class."
 
 
-def explain_gap(m: Meta) -> str:
-    """What the difference between training and test accuracy means."""
-    _, low, high = training_gap(m)
-    return ("it knows its training samples better" if low > 0 else
-            "the test part is easier for it" if high < 0 else "no difference shown")
-
-
 def say_gap(m: Meta) -> str:
-    """Training against test accuracy."""
+    """Training against test accuracy, and what the difference means."""
     gap, low, high = training_gap(m)
+    verdict = ("it knows its training samples better" if low > 0 else
+               "the test part is easier for it" if high < 0 else "no difference shown")
     n = min(m["train_samples"], TRAIN_SAMPLES_MEASURED)
-    return (f"Training minus test accuracy: {points(gap)} points, 95% interval {points(low)} to "
-            f"{points(high)} ({plural(n, 'training sample')} measured): {explain_gap(m)}.")
+    return (f"Training minus test accuracy: {say_points(gap, low, high)} "
+            f"({plural(n, 'training sample')} measured): {verdict}.")
 
 
 def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accuracy",
@@ -6916,16 +6915,13 @@ def result_facts(m: Meta) -> Block:
 def report_result(m: Meta, meta: Meta) -> list[Block | None]:
     """The headline, the four numbers that count, and all others."""
     simplest = "baseline" if m.get("baseline") else "commonest"
-    gap, low, high = training_gap(m)
     rivals = {"baseline": "against the baseline", "commonest": "against the commonest class"}
+    gain, gain_interval = say_gain(m, simplest).split(", ")
+    gap, gap_interval = say_points(*training_gap(m)).split(", ")
     cards = [
         (f"{m['test_accuracy']:.2%}", "test accuracy", interval(
             m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")),
-        (f"{points(m[f'{simplest}_gain'])} points", rivals[simplest],
-         "95% interval {} to {}".format(*(points(m[f"{simplest}_gain_{end}"])
-                                          for end in ("low", "high")))),
-        (f"{points(gap)} points", "training minus test",
-         f"95% interval {points(low)} to {points(high)}"),
+        (gain, rivals[simplest], gain_interval), (gap, "training minus test", gap_interval),
         (format_seconds(m["seconds_total"]), "from command to page", str(m["device"]))]
     notes = [f"Baseline: {line}." for line in say_baselines(m)]
     notes += [] if m.get("baseline") else [
