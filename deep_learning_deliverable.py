@@ -6689,9 +6689,9 @@ def say_suspects(m: Meta, n: int) -> str:
 
 def say_skipped(skipped: Sequence[tuple[str, str]]) -> str:
     """How many could not be used, and why, the commonest reasons first."""
-    reasons = Counter(re.sub(r"\s*\(.*\)$", "", why) for _, why in skipped).most_common(4)
-    return (f"{plural(len(skipped), 'sample')} that could not be used: "
-            + ", ".join(f"{n:,} {why}" for why, n in reasons) + " ..." * (len(reasons) == 4))
+    reasons = Counter(re.sub(r"\s*\(.*\)$", "", why) for _, why in skipped)
+    return (f"{plural(len(skipped), 'sample')} that could not be used: " + ", ".join(
+        f"{n:,} {why}" for why, n in reasons.most_common(4)) + " ..." * (len(reasons) > 4))
 
 
 def say_folds(m: Meta) -> str:
@@ -7131,7 +7131,8 @@ def say_limits(m: Meta, settings: Meta) -> list[str]:
         said.insert(0, "The data is built in and easy: it shows that the program works, and no "
                     "more.")
     if m.get("near_repeats"):
-        said.append(f"{plural(m['near_repeats'], 'test sample')} nearly repeat training samples.")
+        many = plural(m["near_repeats"], "test sample nearly repeats", "test samples nearly repeat")
+        said.append(f"{many} training samples.")
     failed = [EXPLANATIONS[name][0] for name in EXPLANATIONS
               if f"{name}_over_random" in m and not passes_test(m, name)]
     if failed:
