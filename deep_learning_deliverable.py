@@ -6528,7 +6528,7 @@ def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accurac
                more: str = "") -> str:
     """What the curves show."""
     best, last = history.iloc[best_epoch - 1], history.iloc[-1]
-    measured = history[history[judge].notna()]
+    measured = history[judge].dropna()
     name = "Validation accuracy" + ", each class counting alike," * (judge != "val_accuracy")
     if math.isnan(best[judge]):
         return "Trained on the whole training part, so there is no validation curve." + more
@@ -6536,7 +6536,7 @@ def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accurac
         return f"{name} was measured once, after the last step: {best[judge]:.1%}.{more}"
     text = (f"{name} was highest in epoch {best_epoch} of {len(history)}: "
             f"{best[judge]:.1%}; these weights were kept.")
-    ties = int((measured[judge] == best[judge]).sum())
+    ties = int((measured == best[judge]).sum())
     if ties > 1:
         text = (f"{name} was highest ({best[judge]:.1%}) in {ties} epochs; of these, epoch "
                 f"{best_epoch} of {len(history)} had the least loss, and its weights were kept.")
@@ -6639,28 +6639,26 @@ def say_explanation(m: Meta, name: str, n: int) -> str:
     elif m[f"{name}_over_random_low"] > 0:
         # The sanity check of Adebayo et al. (2018).
         verdict = "It shows the sample more than this network: an untrained one marks as much."
-    gains = []
-    rivals = {"random": "as many random marks", "untrained": "an untrained network's"}
-    for kind, rival in rivals.items():
-        ends = interval(m[f"{name}_over_{kind}_low"], m[f"{name}_over_{kind}_high"], "{:+.3f}")
-        gains.append(f"{m[f'{name}_over_{kind}']:+.3f} more than {rival} ({ends})")
+    rivals = {f"{name}_over_random": "as many random marks",
+              f"{name}_over_untrained": "an untrained network's"}
+    gains = [f"{m[key]:+.3f} more than {rival} "
+             f"({interval(m[f'{key}_low'], m[f'{key}_high'], '{:+.3f}')})"
+             for key, rival in rivals.items()]
     verdict += " So few samples give a hint, no more." * (n < 20)
     return (f"{verdict} To delete what it marks lowers the probability of the predicted class, "
             f"averaged over the shares deleted, by {' and '.join(gains)}; "
             f"{plural(n, 'test sample')}.")
 
 
-def say_issues(m: Meta, evaluation: Evaluation) -> list[str]:
+def say_issues(m: Meta) -> list[str]:
     """What is wrong with the data, one sentence each."""
-    held_out = m["val_samples"] or m["train_samples"]
-    said = [f"Empty samples: {m['empty_samples']:,}.", say_suspects(m, held_out),
+    said = [f"Empty samples: {m['empty_samples']:,}.",
+            say_suspects(m, m["val_samples"] or m["train_samples"]),
             f"Exact repeats: {m['train_repeats']:,} within training and validation, "
             f"{m['test_own_repeats']:,} within the test part, {m['test_repeats']:,} in the test "
-            "part of what was trained on; under another label: "
-            f"{m['repeats_with_other_label']:,}."]
-    said.append(f"Near repeats of training samples in the test part: {m['near_repeats']:,}."
-                if "near_repeats" in m else
-                "Near repeats were not searched; --report full does.")
+            f"part of what was trained on; under another label: {m['repeats_with_other_label']:,}.",
+            f"Near repeats of training samples in the test part: {m['near_repeats']:,}."
+            if "near_repeats" in m else "Near repeats were not searched; --report full does."]
     if m["test_repeats"] or m.get("near_repeats"):
         without = m.get("test_accuracy_without_near_repeats", m["test_accuracy_without_repeats"])
         said.append("Every test sample repeats what was trained on: the test accuracy says nothing "
@@ -6822,7 +6820,7 @@ def report_faults(evaluation: Evaluation, figure: Any) -> list[Block | None]:
     m = evaluation.metrics
     more = m["suspect_labels"] > evaluation.data.samples.shown[0]
     return [
-        text_block(*say_issues(m, evaluation)),
+        text_block(*say_issues(m)),
         figure("suspects", "The held-out labels that it doubts most"
                + ("; more are in faults.csv." if more else ".")),
         figure("near_repeats", "Test samples beside the training samples they nearly repeat.")]
