@@ -6815,17 +6815,6 @@ def report_model(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Bl
                           columns={"multiply_adds": "multiply-adds"}))) if len(layers) else None]
 
 
-def report_faults(evaluation: Evaluation, figure: Any) -> list[Block | None]:
-    """What is wrong with the data."""
-    m = evaluation.metrics
-    more = m["suspect_labels"] > evaluation.data.samples.shown[0]
-    return [
-        text_block(*say_issues(m)),
-        figure("suspects", "The held-out labels that it doubts most"
-               + ("; more are in faults.csv." if more else ".")),
-        figure("near_repeats", "Test samples beside the training samples they nearly repeat.")]
-
-
 def report_repeat(folder: Path, evaluation: Evaluation, settings: Meta,
                   cited: list[str]) -> list[Block | None]:
     """How to train it again, and what it rests on."""
@@ -6851,6 +6840,7 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
     title = settings["title"] or f"{m['dataset']}: {network_of(m)[0]}"
     byline = " · ".join(filter(None, (settings["author"], settings["course"], day)))
     cited = references(evaluation, settings)
+    more = "; more are in faults.csv" * (m["suspect_labels"] > evaluation.data.samples.shown[0])
 
     def figure(name: str, finding: str) -> Block | None:
         block = figures.get(name)
@@ -6874,7 +6864,10 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
                              "for it (left) and how many of those found are right (right), for "
                              "every threshold. AUC 1 is perfect, 0.5 is chance."))],
         "Explanations": report_explanations(evaluation, figure, settings["report"]),
-        "Faults of the data": report_faults(evaluation, figure),
+        "Faults of the data": [
+            text_block(*say_issues(m)),
+            figure("suspects", f"The held-out labels that it doubts most{more}."),
+            figure("near_repeats", "Test samples beside the training samples they nearly repeat.")],
         "Cost": [facts_block("Time, size and memory", COST_FORMATS, m), text_block(
             "One prediction is of one view; the pictures it is least sure of, about a fifth, take "
             "six more." if meta["views"] else "")],
@@ -6998,26 +6991,24 @@ def report_parts(evaluation: Evaluation, figure: Any) -> list[Block | None]:
     parts, m = evaluation.parts, evaluation.metrics
     if not len(parts):
         return []
+    verdict = ("The network adds to it" if m["wide_gain_low"] > 0 else
+               "The network takes from it" if m["wide_gain_high"] < 0 else
+               "The network was not shown to add to it")
     table = pd.DataFrame({
         "method": parts["name"], "test accuracy": parts["accuracy"].map("{:.2%}".format),
         "95% interval": [f"{low:.1%} to {high:.1%}" for low, high in zip(
             parts["low"], parts["high"], strict=True)],
         "how much better both are, paired": ["" if key == "test" else say_gain(m, key)
                                              for key in parts["key"]]})
-    return [text_block(say_parts(m)), table_block("All on the same test samples", table),
-            figure("ablation", "What each part reaches alone, and both. Methods that count words "
-                               "learn from the validation part too, when all else is decided.")]
-
-
-def say_parts(m: Meta) -> str:
-    """What the network adds to phrases that are counted."""
-    verdict = ("The network adds to it" if m["wide_gain_low"] > 0 else
-               "The network takes from it" if m["wide_gain_high"] < 0 else
-               "The network was not shown to add to it")
-    return ("The wide part is logistic regression on phrases of one to four words and on pieces of "
-            f"words; its logits are added to the network's. {verdict}: {say_gain(m, 'wide')}. Of "
-            f"the lead of the predicted class over the others, {m['deep_share']:.0%} is the "
-            "network's own. Attention explains the network alone, evidence explains both.")
+    return [
+        text_block("The wide part is logistic regression on phrases of one to four words and on "
+                   "pieces of words; its logits are added to the network's. "
+                   f"{verdict}: {say_gain(m, 'wide')}. Of the lead of the predicted class over the "
+                   f"others, {m['deep_share']:.0%} is the network's own. Attention explains the "
+                   "network alone, evidence explains both."),
+        table_block("All on the same test samples", table),
+        figure("ablation", "What each part reaches alone, and both. Methods that count words "
+                           "learn from the validation part too, when all else is decided.")]
 
 
 def report_errors(evaluation: Evaluation, figure: Any) -> list[Block | None]:
