@@ -6816,12 +6816,11 @@ def report_model(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Bl
 
 
 def report_repeat(folder: Path, evaluation: Evaluation, settings: Meta,
-                  cited: list[str]) -> list[Block | None]:
+                  cited: dict[str, Work]) -> list[Block | None]:
     """How to train it again, and what it rests on."""
-    m = evaluation.metrics
-    exact = {key.replace("_", "-"): m[key] for key in m
-             if key in versions() or key == "data_fingerprint"}
-    works = (BIBLIOGRAPHY[key] for key in cited)
+    kept = {*versions(), "data_fingerprint"}
+    exact = {key.replace("_", "-"): value for key, value in evaluation.metrics.items()
+             if key in kept}
     return [
         text_block("This command trains it again with the same settings:"),
         text_block(f"{this_command()} --config {quoted(folder / 'config.json')}", style="code"),
@@ -6829,7 +6828,7 @@ def report_repeat(folder: Path, evaluation: Evaluation, settings: Meta,
             settings, evaluation.data.meta))),
         table_block("Versions, and the fingerprint of the data", exact),
         details_block("References", text_block(*(
-            f"{author}. {work}. {where}, {year}." for author, work, where, year in works)))]
+            f"{who}. {what}. {where}, {year}." for who, what, where, year in cited.values())))]
 
 
 def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block | None],
@@ -6881,25 +6880,24 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
 
 def settings_in_use(settings: Meta, meta: Meta) -> dict[str, str]:
     """The settings that mean something for this kind of data, as flags."""
-    other = {"image": "text", "text": "image"}[meta["kind"]]
     official = settings["data"] in ("real", "offline")
     foreign = {each.name for each in dataclasses.fields(Config)
-               if each.metadata.get("kind") == other
-               or (official and each.metadata["help"].startswith("your own"))}
-    foreign |= set() if drops(meta) else {"dropout"}
-    return {flag_name(key): str(settings[key]) for key in settings
-            if key not in foreign and settings[key] != ""} | (
-        {"--steps": settings["steps"].rpartition(":")[2]} if settings["steps"] else {})
+               if each.metadata.get("kind", meta["kind"]) != meta["kind"]
+               or (official and each.metadata["help"].startswith("your own"))
+               or (each.name == "dropout" and not drops(meta))}
+    used = {key: value for key, value in settings.items() if key not in foreign and value != ""}
+    if "steps" in used:
+        used["steps"] = used["steps"].rpartition(":")[2]
+    return {flag_name(key): str(value) for key, value in used.items()}
 
 
 def result_facts(m: Meta) -> Block:
     """The results as a table."""
-    forms = RESULT_FORMATS if m["val_samples"] else {
-        "held-out folds" if key == "validation" else key: form
-        for key, form in RESULT_FORMATS.items()}
+    held_out = "validation" if m["val_samples"] else "held-out folds"
+    forms = {held_out if key == "validation" else key: form for key, form in RESULT_FORMATS.items()}
     if m["test_macro_f1_low"] < m["test_macro_f1_high"]:  # without a mistake every draw is alike
-        forms = {**forms, "macro-F1": "{test_macro_f1:.3f} (95% interval {test_macro_f1_low:.3f} "
-                                      "to {test_macro_f1_high:.3f}, bootstrap)"}
+        forms["macro-F1"] += (" (95% interval {test_macro_f1_low:.3f} to {test_macro_f1_high:.3f}, "
+                              "bootstrap)")
     return facts_block("In numbers", forms, m)
 
 
@@ -7172,7 +7170,8 @@ IN_TEX = str.maketrans({**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\tex
                         "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"})
 
 
-def write_hand_in(folder: Path, evaluation: Evaluation, title: str, cited: list[str]) -> None:
+def write_hand_in(folder: Path, evaluation: Evaluation, title: str,
+                  cited: dict[str, Work]) -> None:
     """What else goes into a written work: the matrix, tables for LaTeX, and the references."""
     m = evaluation.metrics
     counts, names = evaluation.matrix, evaluation.classes
@@ -7191,13 +7190,13 @@ def write_hand_in(folder: Path, evaluation: Evaluation, title: str, cited: list[
                                        ("classes", "Each class", by_class))]
     write_text(folder / "tables.tex", "% \\usepackage{booktabs}\n" + "\n".join(made))
     write_text(folder / "references.bib", "\n".join(
-        f"@misc{{{key},\n  author = {{{author}}},\n  title = {{{{{work.translate(IN_TEX)}}}}},\n"
+        f"@misc{{{key},\n  author = {{{who}}},\n  title = {{{{{what.translate(IN_TEX)}}}}},\n"
         f"  howpublished = {{{where}}},\n  year = {{{year}}}\n}}\n"
-        for key, (author, work, where, year) in ((key, BIBLIOGRAPHY[key]) for key in cited)))
+        for key, (who, what, where, year) in cited.items()))
 
 
-# A key of references.bib -> who, what, where, when.
-BIBLIOGRAPHY = {
+Work = tuple[str, str, str, int]  # who, what, where, when
+BIBLIOGRAPHY: dict[str, Work] = {  # a key of references.bib -> the work
     "cifar10": ("Alex Krizhevsky", "Learning Multiple Layers of Features from Tiny Images",
                 "Technical report, University of Toronto", 2009),
     "mnist": ("Yann LeCun and Léon Bottou and Yoshua Bengio and Patrick Haffner",
@@ -7246,8 +7245,8 @@ BIBLIOGRAPHY = {
                 "JMLR 12", 2011)}
 
 
-def references(evaluation: Evaluation, settings: Meta) -> list[str]:
-    """The keys of what this run has used."""
+def references(evaluation: Evaluation, settings: Meta) -> dict[str, Work]:
+    """What this run has used."""
     m, kinds = evaluation.metrics, " ".join(evaluation.layers.get("kind", ()))
     text = evaluation.data.meta["kind"] == "text"
     used = {settings["task"]: not m["stand_in"], m["model"]: True, "attention": text,
@@ -7258,7 +7257,7 @@ def references(evaluation: Evaluation, settings: Meta) -> list[str]:
             "paired": True, "confident": True,
             "deletion": bool(evaluation.deletion), "sanity": bool(evaluation.deletion),
             "pytorch": True, "sklearn": True}
-    return [key for key, there in used.items() if there and key in BIBLIOGRAPHY]
+    return {key: BIBLIOGRAPHY[key] for key, there in used.items() if there and key in BIBLIOGRAPHY}
 
 
 # -- several runs --------------------------------------------------------------------------------
