@@ -7019,10 +7019,10 @@ def report_errors(evaluation: Evaluation, figure: Any) -> list[Block | None]:
              f"(true: {v.true})." for v in verdicts(evaluation, evaluation.mistakes[:1])]
     matrix = figure("confusion_matrix", say_confusions(evaluation))
     table = table_block(caption, by_class.rename(columns={"auc": "AUC", "f1": "F1"}))
-    shown = (figure("mistakes", "".join(worst)),
-             figure("sample_predictions", "Test samples drawn at random."))
     few = len(evaluation.classes) <= 5  # more do not fit side by side
-    return [*([columns_block(matrix, table)] if few else [matrix, table]), columns_block(*shown)]
+    return [*([columns_block(matrix, table)] if few else [matrix, table]), columns_block(
+        figure("mistakes", "".join(worst)),
+        figure("sample_predictions", "Test samples drawn at random."))]
 
 
 def confusion_cells(evaluation: Evaluation, block: Block | None) -> Block | None:
@@ -7067,8 +7067,7 @@ def report_explanations(evaluation: Evaluation, figure: Any, level: str) -> list
 def answer_questions(evaluation: Evaluation, settings: Meta) -> list[tuple[str, str]]:
     """Questions that whoever marks this may ask, each with what this run's numbers say."""
     m, history = evaluation.metrics, evaluation.history
-    smoothed, chosen = settings["label_smoothing"] > 0, (
-        "The best epoch and the temperature were chosen on the validation part")
+    chosen = "The best epoch and the temperature were chosen on the validation part"
     if not m["val_samples"]:
         chosen = "The last epoch was kept, and the temperature fitted on the held-out folds"
     elif history["val_loss"].notna().sum() < 2:
@@ -7076,9 +7075,9 @@ def answer_questions(evaluation: Evaluation, settings: Meta) -> list[tuple[str, 
                   "validation part")
     loss = ("Cross-entropy is the negative logarithm of the probability that the network gives "
             "the true class. Its gradient does not vanish for mistakes that the network is sure "
-            "of, and it makes probabilities that can be checked (see Confidence).")
-    loss += (" Label smoothing keeps the network from growing too sure." if smoothed else
-             " To minimise it is maximum likelihood.")
+            "of, and it makes probabilities that can be checked (see Confidence). "
+            + ("Label smoothing keeps the network from growing too sure."
+               if settings["label_smoothing"] else "To minimise it is maximum likelihood."))
     said = [
         ("Why this network?", f"It is {network_of(m)[0]}: {m['parameters']:,} parameters and "
          f"{m['multiply_adds']:,} multiply-adds for one sample. {network_of(m)[1]} A simpler "
@@ -7363,20 +7362,17 @@ def write_comparison(folders: list[Path], output_dir: Path) -> tuple[Path, str]:
             figure_block(curves, "Validation loss and accuracy after each epoch.")]},
         [*runs[runs["stand_in"]]["dataset"]])
     table["run"] = [label if len(label) < 30 else f"…{label[-28:]}" for label in table["run"]]
-    lines = [*table.iloc[:, [0, 2, 3, 4, 6, 8]].to_string(index=False).splitlines(), ""]
-    for line in verdicts:
-        lines += textwrap.wrap(line, 79)
-    return report, "\n".join(lines)
+    shown = table.iloc[:, [0, 2, 3, 4, 6, 8]].to_string(index=False)
+    return report, "\n".join([shown, "", *(textwrap.fill(line, 79) for line in verdicts)])
 
 
 def write_seeds(folders: list[Path]) -> list[str]:
-    """A page, a table and a figure about one training with several seeds; returns the last lines.
-    """
+    """Page, table and figure of one training with several seeds; returns the last lines."""
     metrics, _, histories = zip(*(read_run(folder) for folder in folders), strict=True)
     runs, first, n = pd.DataFrame(metrics), metrics[0], len(folders)
     accuracy = runs["test_accuracy"]
-    mean, spread = float(accuracy.mean()), float(accuracy.std())
-    half = float(stats.t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    mean, spread = accuracy.mean(), accuracy.std()
+    half = stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n)
     inside = interval(max(0.0, mean - half), min(1.0, mean + half), "{:.2%}")
     page = fresh_path(folders[0].with_name(f"{folders[0].name}-seeds.html"),
                       lambda path: path.open("x").close())
