@@ -6210,14 +6210,12 @@ TEMPLATES = {"macros": """
 {% endfor %}
 {% endmacro %}
 
-{% macro number(it, loop, first=0) %}
-{% if it.numbers and it.numbers[loop.index0 + first] %} class="number"{% endif %}
-{%- endmacro %}
-
 {% macro table(it, style="") %}
+{% set number = ' class="number"'|safe %}
 <div class="wide" role="region" aria-label="{{ it.caption }}" tabindex="0">
 <table class="{{ style }}"><caption>{{ it.caption }}</caption>
-<tr>{% for name in it.columns %}<th scope="col"{{ number(it, loop) }}>{{ name }}</th>
+<tr>{% for name in it.columns %}<th scope="col"
+{{- number if it.numbers[loop.index0] }}>{{ name }}</th>
 {%- endfor %}</tr>
 {% for row in it.rows %}
 <tr><th scope="row">{{ row[0] }}</th>
@@ -6227,7 +6225,7 @@ TEMPLATES = {"macros": """
 {%- if cell.n %}<a href="#{{ cell.id }}">{{ cell.n }}<small>{{ "%.1f" % (100 * cell.share) }}%
 </small></a>{% else %}<small>0</small>{% endif %}</td>
 {%- else %}
-<td{{ number(it, loop, 1) }}>{{ cell }}</td>
+<td{{ number if it.numbers[loop.index] }}>{{ cell }}</td>
 {%- endif %}
 {%- endfor %}</tr>
 {% endfor %}
@@ -6506,12 +6504,10 @@ def say_result(m: Meta) -> str:
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
     tested = plural(m["test_samples"], "test sample")
     text = f"Right on {m['test_accuracy']:.2%} of {tested} ({sides})."
-    if has_learned(m):
-        return text
-    if tests_too_few(m):
-        return (f"{text} These are too few samples to show that it is better than always saying "
-                "the commonest class.")
-    return f"{text} Nothing learned: not shown to be better than always saying the commonest class."
+    doubt = ("These are too few samples to show that it is" if tests_too_few(m) else
+             "Nothing learned: not shown to be")
+    return text if has_learned(m) else (
+        f"{text} {doubt} better than always saying the commonest class.")
 
 
 def say_gap(m: Meta) -> str:
@@ -6586,7 +6582,7 @@ def explain_mistakes(evaluation: Evaluation) -> str:
     times = matrix.sum(0)
     often = int(times.argmax())
     both = np.triu(matrix + matrix.T, 1)
-    a, b = (int(i) for i in np.unravel_index(both.argmax(), both.shape))
+    a, b = divmod(int(both.argmax()), len(names))
     said = ""
     if times[often] >= 0.9 * times.sum():
         said = f"It says {names[often]} for {times[often]:,} of {times.sum():,} samples. "
@@ -7045,7 +7041,7 @@ def confusion_cells(evaluation: Evaluation, block: Block | None) -> Block | None
                               f"{plural(len(some), 'surest', 'surest')} of {n:,}:",
                               [samples.thumbnail(row) for row in evaluation.rows[some].tolist()]))
     return {**block, "kind": "matrix", "columns": ["true \\ predicted", *names], "rows": rows,
-            "cells": cells, "caption": "Test samples, share of the row"}
+            "cells": cells, "numbers": [], "caption": "Test samples, share of the row"}
 
 
 def report_explanations(evaluation: Evaluation, figure: Any, level: str) -> list[Block | None]:
