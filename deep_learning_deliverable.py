@@ -6765,11 +6765,11 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
             f"as the training part has, with {optimizer[settings['optimizer']]}, minimising "
             f"cross-entropy. The learning rate is at most {settings['lr']:g}; it "
             f"{SCHEDULES[settings['schedule']]}.")
-    if settings["patience"] and m["epochs"] < settings["epochs"] and not settings["steps"]:
-        said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs, since "
-                 "validation had not become better for long.")
     if "ended" in m:
         said += f" The training was {m['ended']}: the rate has not reached its end."
+    elif settings["patience"] and m["epochs"] < settings["epochs"] and not settings["steps"]:
+        said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs, since "
+                 "validation had not become better for long.")
     if len(data.unlabelled) and steps > data.epoch_steps(Config(**settings)):
         said += (f" Before the labelled texts it learnt from the phrase model's opinions on "
                  f"{len(data.unlabelled):,} unlabelled ones.")

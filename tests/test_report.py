@@ -244,6 +244,14 @@ def test_the_sentence_about_the_curves(losses, accuracies, said, unsaid):
     assert said in found and unsaid not in found
 
 
+def test_an_interrupted_training_is_not_said_to_have_lost_patience(digits):
+    config = small("mnist", limit=60, epochs=9, patience=3)
+    data, m = dld.build_dataset(digits, config), {"train_samples": 50, "epochs": 4}
+    for ended, said in (({}, True), ({"ended": "interrupted after 4 of 9 epochs"}, False)):
+        text = dld.say_recipe(data, dataclasses.asdict(config), m | ended, steps=9)
+        assert ("since validation" in text) == said and ("interrupted" in text) != said
+
+
 def test_pages_escape_classes_texts_and_the_names_of_data_and_runs(
         tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **more: (
