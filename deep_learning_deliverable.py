@@ -6261,9 +6261,9 @@ TEMPLATES = {"macros": """
 {% elif it.kind == "matrix" %}
 <p>{{ it.finding }} The diagonal is recall. Click a number to see its samples.</p>
 {{ table(it, "matrix") }}
-{% for id, head, samples in it.cells %}
-<div class="cell" id="{{ id }}"><p>{{ head }}</p>
-{% for each in samples %}
+{% for cell in it.cells %}
+<div class="cell" id="{{ cell.id }}"><p>{{ cell.head }}</p>
+{% for each in cell.samples %}
 {% if each.startswith("data:") %}<img alt="a test sample" width="96" height="96" src="{{ each }}">
 {% else %}<p>{{ each }}</p>
 {% endif %}
@@ -7027,19 +7027,19 @@ def confusion_cells(evaluation: Evaluation, block: Block | None) -> Block | None
     if block is None or len(names) > 20:
         return block
     each = max(1, min(6, 400 // int((matrix > 0).sum())))
-    rows, cells = list[list[Any]](), []
+    rows: list[list[Any]] = []
     order = evaluation.confidence.argsort(descending=True, stable=True)
     place = (evaluation.y * len(names) + evaluation.predicted)[order]
     for a, name in enumerate(names):
         rows.append([name])
         for b, other in enumerate(names):
-            n, share = int(matrix[a, b]), matrix[a, b] / max(1, matrix[a].sum())
-            rows[-1].append({"n": f"{n:,}" if n else "", "share": share, "id": f"cell-{a}-{b}"})
-            if n:
-                some = order[place == a * len(names) + b][:each]
-                cells.append((f"cell-{a}-{b}", f"True: {name}. Predicted: {other}. The "
-                              f"{plural(len(some), 'surest', 'surest')} of {n:,}:",
-                              [samples.thumbnail(row) for row in evaluation.rows[some].tolist()]))
+            n, some = int(matrix[a, b]), order[place == a * len(names) + b][:each]
+            rows[-1].append({
+                "id": f"cell-{a}-{b}", "n": f"{n:,}" if n else "",
+                "share": n / max(1, matrix[a].sum()),
+                "head": f"True: {name}. Predicted: {other}. The {len(some)} surest of {n:,}:",
+                "samples": [samples.thumbnail(row) for row in evaluation.rows[some].tolist()]})
+    cells = [cell for row in rows for cell in row[1:] if cell["n"]]
     return {**block, "kind": "matrix", "columns": ["true \\ predicted", *names], "rows": rows,
             "cells": cells, "numbers": [], "caption": "Test samples, share of the row"}
 
