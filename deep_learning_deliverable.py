@@ -6565,7 +6565,7 @@ def say_difference(meta: Meta, settings: Meta, m: Meta) -> str:
 
 
 def say_confusions(evaluation: Evaluation) -> str:
-    """The commonest mistakes, and the class that suffers most."""
+    """How many mistakes there are, and which are the commonest."""
     if not len(evaluation.mistakes):
         return f"Not one mistake among {plural(len(evaluation.y), 'test sample')}."
     classes, matrix = evaluation.classes, evaluation.matrix
@@ -7106,12 +7106,11 @@ def say_overfitting(m: Meta, history: pd.DataFrame) -> str:
 
 def say_limits(m: Meta, settings: Meta) -> list[str]:
     """What this result does not show."""
-    said = ["It is one training: another seed gives another network, and --seeds 3 measures how "
-            "much that changes.", "Training and test part come from one source: elsewhere, "
-            "pictures or texts may differ."]
-    if m["stand_in"]:
-        said.insert(0, "The data is built in and easy: it shows that the program works, and no "
-                    "more.")
+    said = ["The data is built in and easy: it shows that the program works, and no more."
+            ] * m["stand_in"]
+    said += ["It is one training: another seed gives another network, and --seeds 3 measures how "
+             "much that changes.", "Training and test part come from one source: elsewhere, "
+             "pictures or texts may differ."]
     if m.get("near_repeats"):
         many = plural(m["near_repeats"], "test sample nearly repeats", "test samples nearly repeat")
         said.append(f"{many} training samples.")
@@ -7337,9 +7336,8 @@ def write_comparison(folders: list[Path], output_dir: Path) -> tuple[Path, str]:
     labels = next(names for names in ways if len({*names}) == len(names))
     runs = pd.DataFrame(metrics).assign(label=labels)
     verdicts = say_verdicts(runs, dict(zip(labels, right, strict=True)))
-    nouns = {"image": "picture", "text": "text"}
     costs = " ".join(f"{run.label} needs {run.multiply_adds / 1e6:.1f} million multiply-adds and "
-                     f"{run.latency_ms:.2f} ms for a {nouns[run.kind]}."
+                     f"{run.latency_ms:.2f} ms for a {run.kind.replace('image', 'picture')}."
                      for run in runs.itertuples())
     report = fresh_path(output_dir / "comparison.md", lambda path: path.open("x").close())
     picture, curves = report.with_suffix(".png"), report.with_name(f"{report.stem}_curves.png")
