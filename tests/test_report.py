@@ -252,6 +252,12 @@ def test_an_interrupted_training_is_not_said_to_have_lost_patience(digits):
         assert ("since validation" in text) == said and ("interrupted" in text) != said
 
 
+def test_what_was_skipped_ends_in_dots_only_where_more_reasons_follow():
+    skipped = [(f"{i}.png", f"reason {i}") for i in range(5)]
+    assert dld.say_skipped(skipped[:4]).endswith("1 reason 3")
+    assert dld.say_skipped(skipped).endswith("1 reason 3 ...")
+
+
 def test_pages_escape_classes_texts_and_the_names_of_data_and_runs(
         tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **more: (
