@@ -5724,7 +5724,7 @@ FIGURE_DPI = 150  # finer than most screens: pages show figures at two thirds of
 
 
 @contextlib.contextmanager
-def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
+def canvas(path: Path, width: float, height: float, title: str) -> Iterator[Any]:
     """A figure in one style, saved when the block ends; touches no global state of matplotlib."""
     import matplotlib
     import seaborn
@@ -5740,6 +5740,7 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
         # Not pyplot: it keeps every figure in memory, and changes what a notebook shows.
         figure = Figure(figsize=(width, height), dpi=FIGURE_DPI, layout="constrained")
         FigureCanvasAgg(figure)
+        figure.suptitle(title)
         yield figure
         # Compressed more, writing takes as long as drawing, and saves a quarter of the bytes.
         write_atomically(path, lambda part: figure.savefig(
@@ -5759,7 +5760,7 @@ def plot_curves(history: pd.DataFrame, best_epoch: int, path: Path, title: str) 
     """Loss and accuracy over the epochs, training against validation, the best epoch marked."""
     size = 4 if len(history) < 30 else 0  # many markers hide their line
     validated = not history["val_loss"].isna().all()
-    with canvas(path, 8, 3.8) as figure:
+    with canvas(path, 8, 3.8, title) as figure:
         for axes, name, scale in loss_and_accuracy(figure):
             axes.plot(history["epoch"], history[f"train_{name}"] * scale, "s--", color=GREY,
                       markersize=size, label="training")
@@ -5775,7 +5776,6 @@ def plot_curves(history: pd.DataFrame, best_epoch: int, path: Path, title: str) 
                 axes.set(title=f"{name} (best epoch, validation: {shown})")
             axes.set_xlim(0.5, len(history) + 0.5 if len(history) > 1 else 2)
             axes.legend(frameon=True)
-        figure.suptitle(title)
 
 
 def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -> None:
@@ -5784,7 +5784,7 @@ def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -
     colours = seaborn.color_palette("colorblind", len(histories))
     styles = itertools.cycle(("-", "--", "-."))
     lines = list(zip(histories.items(), colours, styles, strict=False))
-    with canvas(path, 8, 3.9) as figure:
+    with canvas(path, 8, 3.9, title) as figure:
         for axes, name, scale in loss_and_accuracy(figure):
             for (label, history), colour, style in lines:
                 axes.plot(history["epoch"], history[f"val_{name}"] * scale, marker="o",
@@ -5793,7 +5793,6 @@ def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -
             axes.set_title(f"validation {name}")
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
                       ncols=min(4, len(histories)))
-        figure.suptitle(title)
 
 
 def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: str) -> None:
@@ -5803,7 +5802,8 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
     cells = np.array([f"{n:,}\n{part:.1%}" if n else "0" for n, part in zip(
         matrix.flat, share.flat, strict=True)]).reshape(matrix.shape)
     side = max(5.5, 0.62 * len(classes) + 1.6)
-    with canvas(path, side + 0.8, side) as figure:
+    title += "\ntest samples, and their share of the row (diagonal: recall)"
+    with canvas(path, side + 0.8, side, title) as figure:
         axes = figure.subplots()
         seaborn.heatmap(share, annot=cells if len(classes) <= 21 else False, fmt="",
                         annot_kws={"fontsize": 8.5}, cmap="Blues", vmin=0, vmax=1, linewidths=0.5,
@@ -5814,7 +5814,6 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
         axes.set_xticks(axes.get_xticks(), axes.get_xticklabels(), rotation=45 if long else 0,
                         ha="right" if long else "center")
         axes.tick_params(axis="y", rotation=0)
-        figure.suptitle(f"{title}\ntest samples, and their share of the row (diagonal: recall)")
 
 
 def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) -> None:
@@ -5822,7 +5821,7 @@ def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) 
     import seaborn
     colours = seaborn.color_palette("colorblind", len(curves))
     styles = itertools.cycle(("-", "--", "-."))
-    with canvas(path, 8, 4.3) as figure:
+    with canvas(path, 8, 4.3, f"{title}\neach class against the rest") as figure:
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], ":", color=GREY)
         for (name, (fall_out, recall, precision, found)), colour, style in zip(
@@ -5834,13 +5833,12 @@ def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) 
         for axes in (left, right):
             axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
         left.legend(loc="lower right", fontsize=8, title="class (AUC)", title_fontsize=8)
-        figure.suptitle(f"{title}\neach class against the rest")
 
 
 def plot_balance(counts: dict[str, np.ndarray], classes: list[str], path: Path,
                  title: str) -> None:
     """How many samples of each class every part has."""
-    with canvas(path, 8, max(2.2, 0.26 * len(classes) + 1.3)) as figure:
+    with canvas(path, 8, max(2.2, 0.26 * len(classes) + 1.3), title) as figure:
         axes, start = figure.subplots(), np.zeros(len(classes))
         for (part, some), colour in zip(counts.items(), (BLUE, GREY, ORANGE), strict=True):
             axes.barh(range(len(classes)), some, left=start, color=colour, height=0.7, label=part)
@@ -5850,12 +5848,11 @@ def plot_balance(counts: dict[str, np.ndarray], classes: list[str], path: Path,
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
         figure.legend(loc="outside lower center", ncols=3)
-        figure.suptitle(title)
 
 
 def plot_lengths(lengths: np.ndarray, read: int, path: Path, title: str) -> None:
     """How many words the texts have, and how many the network reads."""
-    with canvas(path, 8, 2.8) as figure:
+    with canvas(path, 8, 2.8, title) as figure:
         axes = figure.subplots()
         axes.hist(lengths, bins=60, range=(0, max(10, float(np.quantile(lengths, 0.99)))),
                   color=BLUE)
@@ -5863,7 +5860,6 @@ def plot_lengths(lengths: np.ndarray, read: int, path: Path, title: str) -> None
             axes.axvline(read, color=ORANGE, linestyle="--", label=f"the network reads {read}")
             axes.legend(frameon=True)
         axes.set(xlabel="words in a training text (longest 1% left out)", ylabel="texts")
-        figure.suptitle(title)
 
 
 def plot_architecture(layers: pd.DataFrame, given: str, path: Path, title: str) -> None:
@@ -5874,7 +5870,7 @@ def plot_architecture(layers: pd.DataFrame, given: str, path: Path, title: str) 
         (row.kind, row.output, f"{row.parameters:,} weights" if row.parameters else "")
         for row in drawn.itertuples())]
     lines = math.ceil(len(boxes) / 6)
-    with canvas(path, 8, 0.95 * lines + 0.5) as figure:
+    with canvas(path, 8, 0.95 * lines + 0.5, title) as figure:
         axes = figure.subplots()
         axes.set(xlim=(0, 6), ylim=(lines, 0))
         axes.set_axis_off()
@@ -5890,7 +5886,6 @@ def plot_architecture(layers: pd.DataFrame, given: str, path: Path, title: str) 
             if i + 1 < len(boxes):  # at the end of a line it points to the next
                 axes.annotate("", (column + 1.08, line + 0.47), (column + 0.88, line + 0.47),
                               arrowprops={"arrowstyle": "->", "color": GREY})
-        figure.suptitle(title)
 
 
 @dataclass
@@ -5970,7 +5965,7 @@ def plot_pictures(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict], p
                   title: str) -> None:
     """A grid of pictures with what the model said."""
     grid = ImageGrid(math.ceil(len(pictures) / 6), title)
-    with canvas(path, grid.WIDTH, grid.height) as figure:
+    with canvas(path, grid.WIDTH, grid.height, title) as figure:
         grid.start(figure)
         for i, (picture, verdict) in enumerate(zip(pictures, verdicts, strict=True)):
             grid.draw(*divmod(i, 6), picture, verdict)
@@ -6008,7 +6003,7 @@ def plot_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict],
                       *((picture, Verdict(caption), strength)
                         for caption, strength in some.items())]
     grid = ImageGrid(len(lines), title, below=0.5)
-    with canvas(path, grid.WIDTH, grid.height) as figure:
+    with canvas(path, grid.WIDTH, grid.height, title) as figure:
         grid.start(figure)
         for i, line in enumerate(lines):
             for k, (picture, verdict, strength) in enumerate(line):
@@ -6020,7 +6015,7 @@ def plot_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict],
 
 def plot_texts(texts: list[str], verdicts: Sequence[Verdict], path: Path, title: str) -> None:
     """Texts, shortened, beside what the model said."""
-    with canvas(path, 8, 0.72 * len(texts) + 0.5) as figure:
+    with canvas(path, 8, 0.72 * len(texts) + 0.5, title) as figure:
         axes = figure.subplots()
         axes.set_axis_off()
         axes.set(xlim=(0, 1), ylim=(len(texts), 0))
@@ -6032,13 +6027,12 @@ def plot_texts(texts: list[str], verdicts: Sequence[Verdict], path: Path, title:
                       fontweight="bold")
             axes.text(0.2, i + 0.5, shown, va="center", fontsize=8.5)
             axes.axhline(i + 1, color="#dddddd", linewidth=0.8)
-        figure.suptitle(title)
 
 
 def plot_reliability(before: pd.DataFrame, after: pd.DataFrame, path: Path, title: str) -> None:
     """How often predictions of each confidence are right, with intervals; how many there are."""
     ends = np.array([wilson(row.correct, row.samples) for row in after.itertuples()]).T
-    with canvas(path, 6, 5.6) as figure:
+    with canvas(path, 6, 5.6, title) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         upper.plot([0, 1], [0, 1], ":", color=GREY, label="confidence fits")
         upper.plot(before["confidence"], before["accuracy"], "s--", color=ORANGE, markersize=4,
@@ -6051,7 +6045,6 @@ def plot_reliability(before: pd.DataFrame, after: pd.DataFrame, path: Path, titl
         lower.bar(after["low"], after["samples"], after["high"] - after["low"], align="edge",
                   color=BLUE, edgecolor="white")
         lower.set(xlabel="confidence of the prediction", ylabel="samples", xlim=(0, 1))
-        figure.suptitle(title)
 
 
 def plot_deletion(curves: dict[str, dict[str, Tensor]], path: Path, title: str) -> None:
@@ -6060,7 +6053,8 @@ def plot_deletion(curves: dict[str, dict[str, Tensor]], path: Path, title: str) 
     kinds = {"random": ("as much elsewhere, at random", GREY, "--"),
              "untrained": ("what an untrained network marks", ORANGE, "-."),
              "explained": ("what the explanation marks", BLUE, "-")}
-    with canvas(path, max(6.4, 4.4 * len(curves)), 4.2) as figure:
+    title += f"\nmean of {n} test samples, band: 95% interval"
+    with canvas(path, max(6.4, 4.4 * len(curves)), 4.2, title) as figure:
         panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)[0]
         for axes, (name, found) in zip(panels, curves.items(), strict=True):
             for kind, (label, colour, style) in kinds.items():
@@ -6074,12 +6068,11 @@ def plot_deletion(curves: dict[str, dict[str, Tensor]], path: Path, title: str) 
                      ylim=(0, 1.02), xlim=(0, 1))
         panels[0].set_ylabel("probability of the predicted class")
         panels[0].legend(frameon=True)
-        figure.suptitle(f"{title}\nmean of {n} test samples, band: 95% interval")
 
 
 def plot_parts(parts: pd.DataFrame, path: Path, title: str) -> None:
     """Test accuracy of each method on the same samples, with its interval."""
-    with canvas(path, 8, 0.5 * len(parts) + 1.8) as figure:
+    with canvas(path, 8, 0.5 * len(parts) + 1.8, title) as figure:
         axes, values = figure.subplots(), parts["accuracy"] * 100
         colours = [BLUE if key == "test" else GREY for key in parts["key"]]
         ends = np.array([values - parts["low"] * 100, parts["high"] * 100 - values]).clip(0)
@@ -6090,7 +6083,6 @@ def plot_parts(parts: pd.DataFrame, path: Path, title: str) -> None:
         axes.set(xlabel="test accuracy in %, 95% interval", xlim=(0, min(112, max(values) * 1.2)))
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
-        figure.suptitle(title)
 
 
 def plot_comparison(runs: pd.DataFrame, path: Path, title: str) -> None:
@@ -6101,7 +6093,7 @@ def plot_comparison(runs: pd.DataFrame, path: Path, title: str) -> None:
               ("multiply_adds", "multiply-adds for one sample, in millions", 1e-6, "{:,.1f}"),
               ("latency_ms", "one prediction in ms", 1, "{:.2f}"),
               ("samples_per_second", "training samples/s", 1, "{:,.0f}"))
-    with canvas(path, 8, 1.1 * len(runs) + 2.8) as figure:
+    with canvas(path, 8, 1.1 * len(runs) + 2.8, textwrap.fill(title, 84)) as figure:
         places = figure.subplots(3, 2, sharey=True).flat
         for axes, (key, label, scale, form) in zip(places, panels, strict=True):
             values = runs[key] * scale
@@ -6115,7 +6107,6 @@ def plot_comparison(runs: pd.DataFrame, path: Path, title: str) -> None:
             axes.set(title=label, xlim=(0, max(values) * 1.3), xticks=[])
             axes.grid(visible=False)
         figure.axes[0].invert_yaxis()
-        figure.suptitle(textwrap.fill(title, 84))
 
 
 # ================================================================================================
