@@ -5912,47 +5912,52 @@ class Verdict:
         return f"✗ {self.predicted} {self.confidence:.0%}\n{self.source}: {self.true}"
 
 
-class ImageGrid:
-    """Square pictures, six a line, two lines of caption above each.
+# A picture, what stands above it, and perhaps a map to put over it.
+Cell = tuple[np.ndarray, Verdict, np.ndarray | None]
+SIDE, ABOVE = 1.24, 0.42  # inches: of a picture; of its caption, which has two lines
+
+
+def plot_cells(lines: Sequence[Sequence[Cell]], path: Path, title: str,
+               legend: bool = False) -> None:
+    """Square pictures, at most six a line, with what stands above them.
 
     All in one pair of axes, in inches: a pair for each picture takes three times as long.
     """
-
-    SIDE, ABOVE, WIDTH = 1.24, 0.42, 8.0  # inches
-
-    def __init__(self, lines: int, title: str, below: float = 0.05) -> None:
-        self.title, self.top = title, 0.15 + 0.18 * len(title.splitlines())
-        self.height = self.top + lines * (self.SIDE + self.ABOVE) + below
-
-    def start(self, figure: Any) -> None:
-        """The title, above all."""
+    from matplotlib.cm import ScalarMappable
+    top, below = 0.15 + 0.18 * len(title.splitlines()), 0.5 if legend else 0.05
+    height = top + len(lines) * (SIDE + ABOVE) + below
+    with canvas(path, 8, height, title) as figure:
         figure.set_layout_engine("none")
-        figure.suptitle(self.title, y=1 - 0.1 / self.height, va="top")
-        self.axes = figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, self.WIDTH),
-                                    ylim=(0, self.height))
-        self.axes.set_axis_off()
+        figure.suptitle(title, y=1 - 0.1 / height)
+        axes = figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, 8), ylim=(0, height))
+        axes.set_axis_off()
+        for i, line in enumerate(lines, 1):
+            for k, cell in enumerate(line):
+                left, bottom = 0.06 + k * 7.94 / 6, height - top - i * (SIDE + ABOVE)
+                draw_cell(axes, left, bottom, cell)
+        if legend:
+            place = figure.add_axes((0.3, 0.3 / height, 0.4, 0.09 / height))
+            bar = figure.colorbar(ScalarMappable(cmap="inferno"), place, orientation="horizontal")
+            bar.set_ticks([0, 1], labels=["no influence", "strongest"])
 
-    def draw(self, line: int, column: int, picture: np.ndarray, verdict: Verdict,
-             strength: np.ndarray | None = None) -> None:
-        """One picture, framed and captioned by its verdict; or captioned, under a map."""
-        left = 0.06 + column * (self.WIDTH - 0.06) / 6
-        bottom = self.height - self.top - (line + 1) * (self.SIDE + self.ABOVE)
-        place = {"extent": (left, left + self.SIDE, bottom, bottom + self.SIDE), "aspect": "auto"}
-        self.axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", **place)
-        colour = GREY
-        if strength is not None:
-            self.axes.imshow(tint_map(strength), interpolation="bilinear", **place)
-        else:
-            from matplotlib.patches import Rectangle
-            colour = verdict.colour
-            self.axes.add_patch(Rectangle(
-                (left, bottom), self.SIDE, self.SIDE, fill=False, edgecolor=colour, linewidth=2.5,
-                linestyle="--" if "✗" in verdict.line else "-"))
-        # A long name would run into its neighbours.
-        lines = [line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
-                 for line in verdict.line.splitlines()]
-        self.axes.text(left + self.SIDE / 2, bottom + self.SIDE + 0.07, "\n".join(lines),
-                       fontsize=9, ha="center", va="bottom", color=colour)
+
+def draw_cell(axes: Any, left: float, bottom: float, cell: Cell) -> None:
+    """One picture, framed and captioned by its verdict; or captioned, under a map."""
+    from matplotlib.patches import Rectangle
+    (picture, verdict, strength), colour = cell, GREY
+    place = {"extent": (left, left + SIDE, bottom, bottom + SIDE), "aspect": "auto"}
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", **place)
+    if strength is not None:
+        axes.imshow(tint_map(strength), interpolation="bilinear", **place)
+    else:
+        colour = verdict.colour
+        axes.add_patch(Rectangle((left, bottom), SIDE, SIDE, fill=False, edgecolor=colour,
+                                 linewidth=2.5, linestyle="--" if "✗" in verdict.line else "-"))
+    # A long name would run into its neighbours.
+    lines = [line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
+             for line in verdict.line.splitlines()]
+    axes.text(left + SIDE / 2, bottom + SIDE + 0.07, "\n".join(lines), fontsize=9, ha="center",
+              va="bottom", color=colour)
 
 
 def as_grey(values: Tensor) -> np.ndarray:
@@ -5964,11 +5969,8 @@ def as_grey(values: Tensor) -> np.ndarray:
 def plot_pictures(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict], path: Path,
                   title: str) -> None:
     """A grid of pictures with what the model said."""
-    grid = ImageGrid(math.ceil(len(pictures) / 6), title)
-    with canvas(path, grid.WIDTH, grid.height, title) as figure:
-        grid.start(figure)
-        for i, (picture, verdict) in enumerate(zip(pictures, verdicts, strict=True)):
-            grid.draw(*divmod(i, 6), picture, verdict)
+    cells = [(picture, verdict, None) for picture, verdict in zip(pictures, verdicts, strict=True)]
+    plot_cells([cells[i:i + 6] for i in range(0, len(cells), 6)], path, title)
 
 
 def tint_map(strength: np.ndarray) -> np.ndarray:
@@ -5994,23 +5996,13 @@ def draw_overlay(picture: np.ndarray, strength: np.ndarray) -> bytes:
 def plot_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict],
               maps: list[dict[str, np.ndarray]], path: Path, title: str) -> None:
     """Each picture beside itself under each of its maps; an empty map leaves it as it is."""
-    from matplotlib.cm import ScalarMappable
-    lines: list[list[tuple[np.ndarray, Any, Any]]] = [[]]  # picture, what stands above, map
+    lines: list[list[Cell]] = [[]]
     for picture, verdict, some in zip(pictures, verdicts, maps, strict=True):
         if len(lines[-1]) + 1 + len(some) > 6:
             lines.append([])
-        lines[-1] += [(picture, verdict, None),
-                      *((picture, Verdict(caption), strength)
-                        for caption, strength in some.items())]
-    grid = ImageGrid(len(lines), title, below=0.5)
-    with canvas(path, grid.WIDTH, grid.height, title) as figure:
-        grid.start(figure)
-        for i, line in enumerate(lines):
-            for k, (picture, verdict, strength) in enumerate(line):
-                grid.draw(i, k, picture, verdict, strength)
-        place = figure.add_axes((0.3, 0.3 / grid.height, 0.4, 0.09 / grid.height))
-        bar = figure.colorbar(ScalarMappable(cmap="inferno"), place, orientation="horizontal")
-        bar.set_ticks([0, 1], labels=["no influence", "strongest"])
+        lines[-1] += [(picture, verdict, None), *(
+            (picture, Verdict(caption), strength) for caption, strength in some.items())]
+    plot_cells(lines, path, title, legend=True)
 
 
 def plot_texts(texts: list[str], verdicts: Sequence[Verdict], path: Path, title: str) -> None:
