@@ -5728,9 +5728,14 @@ def canvas(path: Path, width: float, height: float, title: str) -> Iterator[Any]
     """A figure in one style, saved when the block ends; touches no global state of matplotlib."""
     import matplotlib
     import seaborn
+    from cycler import cycler
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    style = {**seaborn.axes_style("whitegrid"), "font.family": ["DejaVu Sans"],
+    # More lines than colours differ in their strokes.
+    lines = cycler(color=seaborn.color_palette("colorblind", 30),
+                   linestyle=["-", "--", "-."] * 10)
+    style = {**seaborn.axes_style("whitegrid"), "axes.prop_cycle": lines,
+             "font.family": ["DejaVu Sans"],
              "text.parse_math": False, "font.size": 10, "axes.titlesize": 10.5,
              "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
              "legend.fontsize": 9, "figure.titlesize": 11.5}
@@ -5780,16 +5785,11 @@ def plot_curves(history: pd.DataFrame, best_epoch: int, path: Path, title: str) 
 
 def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -> None:
     """Validation loss and accuracy of several trainings in the same axes."""
-    import seaborn
-    colours = seaborn.color_palette("colorblind", len(histories))
-    styles = itertools.cycle(("-", "--", "-."))
-    lines = list(zip(histories.items(), colours, styles, strict=False))
     with canvas(path, 8, 3.9, title) as figure:
         for axes, name, scale in loss_and_accuracy(figure):
-            for (label, history), colour, style in lines:
+            for label, history in histories.items():
                 axes.plot(history["epoch"], history[f"val_{name}"] * scale, marker="o",
-                          markersize=3 if len(history) < 30 else 0, color=colour, linestyle=style,
-                          label=label)
+                          markersize=3 if len(history) < 30 else 0, label=label)
             axes.set_title(f"validation {name}")
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
                       ncols=min(4, len(histories)))
@@ -5818,16 +5818,12 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
 
 def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) -> None:
     """ROC and precision-recall curves of each class against the rest, by their names with AUC."""
-    import seaborn
-    colours = seaborn.color_palette("colorblind", len(curves))
-    styles = itertools.cycle(("-", "--", "-."))
     with canvas(path, 8, 4.3, f"{title}\neach class against the rest") as figure:
         left, right = figure.subplots(1, 2)
         left.plot([0, 1], [0, 1], ":", color=GREY)
-        for (name, (fall_out, recall, precision, found)), colour, style in zip(
-                curves.items(), colours, styles, strict=False):
-            left.plot(fall_out, recall, color=colour, linestyle=style, linewidth=1.3, label=name)
-            right.plot(found, precision, color=colour, linestyle=style, linewidth=1.3)
+        for name, (fall_out, recall, precision, found) in curves.items():
+            left.plot(fall_out, recall, linewidth=1.3, label=name)
+            right.plot(found, precision, linewidth=1.3)
         left.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
         right.set(title="precision and recall", xlabel="recall", ylabel="precision")
         for axes in (left, right):
