@@ -5735,10 +5735,9 @@ def canvas(path: Path, width: float, height: float, title: str) -> Iterator[Any]
     lines = cycler(color=seaborn.color_palette("colorblind", 30),
                    linestyle=["-", "--", "-."] * 10)
     style = {**seaborn.axes_style("whitegrid"), "axes.prop_cycle": lines,
-             "font.family": ["DejaVu Sans"],
-             "text.parse_math": False, "font.size": 10, "axes.titlesize": 10.5,
-             "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
-             "legend.fontsize": 9, "figure.titlesize": 11.5}
+             "font.family": ["DejaVu Sans"], "text.parse_math": False, "font.size": 10,
+             "axes.titlesize": 10.5, "axes.labelsize": 10, "xtick.labelsize": 9,
+             "ytick.labelsize": 9, "legend.fontsize": 9, "figure.titlesize": 11.5}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         # A sign that the font lacks is drawn as a box, a name that is too long beyond the edge.
         warnings.simplefilter("ignore", UserWarning)
@@ -5895,17 +5894,16 @@ class Verdict:
     colour: str = ""
 
     def __post_init__(self) -> None:
-        right = self.true == self.predicted
-        self.colour = self.colour or (BLUE if right else ORANGE if self.predicted else GREY)
+        self.right = self.true == self.predicted
+        self.colour = self.colour or (BLUE if self.right else ORANGE if self.predicted else GREY)
 
     @property
     def line(self) -> str:
         """Right and wrong told apart by sign and words, not by colour alone."""
         if not self.predicted:
             return self.true
-        if self.true == self.predicted:
-            return f"✓ {self.predicted} {self.confidence:.0%}"
-        return f"✗ {self.predicted} {self.confidence:.0%}\n{self.source}: {self.true}"
+        said = f"{self.predicted} {self.confidence:.0%}"
+        return f"✓ {said}" if self.right else f"✗ {said}\n{self.source}: {self.true}"
 
 
 # A picture, what stands above it, and perhaps a map to put over it.
@@ -6064,8 +6062,7 @@ def plot_parts(parts: pd.DataFrame, path: Path, title: str) -> None:
         axes, values = figure.subplots(), parts["accuracy"] * 100
         colours = [BLUE if key == "test" else GREY for key in parts["key"]]
         ends = np.array([values - parts["low"] * 100, parts["high"] * 100 - values]).clip(0)
-        axes.barh(parts["name"], values, color=colours, height=0.6)
-        axes.errorbar(values, parts["name"], xerr=ends, fmt="none", color="black", capsize=4)
+        axes.barh(parts["name"], values, color=colours, height=0.6, xerr=ends, capsize=4)
         for place, (value, high) in enumerate(zip(values, parts["high"], strict=True)):
             axes.text(100 * high + 1, place, f"{value:.2f}", va="center", fontsize=9)
         axes.set(xlabel="test accuracy in %, 95% interval", xlim=(0, min(112, max(values) * 1.2)))
