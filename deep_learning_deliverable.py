@@ -5906,19 +5906,29 @@ class Verdict:
         return f"✓ {said}" if self.right else f"✗ {said}\n{self.source}: {self.true}"
 
 
-# A picture, what stands above it, and perhaps a map to put over it.
-Cell = tuple[np.ndarray, Verdict, np.ndarray | None]
 SIDE, ABOVE = 1.24, 0.42  # inches: of a picture; of its caption, which has two lines
 
 
-def plot_cells(lines: Sequence[Sequence[Cell]], path: Path, title: str,
-               legend: bool = False) -> None:
-    """Square pictures, at most six a line, with what stands above them.
+def plot_pictures(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict], path: Path,
+                  title: str) -> None:
+    """A grid of pictures with what the model said."""
+    plot_maps(pictures, verdicts, [{}] * len(pictures), path, title)
+
+
+def plot_maps(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict],
+              maps: Sequence[dict[str, np.ndarray]], path: Path, title: str) -> None:
+    """Each picture beside itself under each of its maps; an empty map leaves it as it is.
 
     All in one pair of axes, in inches: a pair for each picture takes three times as long.
     """
     from matplotlib.cm import ScalarMappable
-    top, below = 0.15 + 0.18 * len(title.splitlines()), 0.5 if legend else 0.05
+    lines: list[list[tuple[np.ndarray, Verdict, np.ndarray | None]]] = [[]]
+    for picture, verdict, some in zip(pictures, verdicts, maps, strict=True):
+        if len(lines[-1]) + 1 + len(some) > 6:
+            lines.append([])
+        lines[-1] += [(picture, verdict, None), *(
+            (picture, Verdict(caption), strength) for caption, strength in some.items())]
+    top, below = 0.15 + 0.18 * len(title.splitlines()), 0.5 if any(maps) else 0.05
     height = top + len(lines) * (SIDE + ABOVE) + below
     with canvas(path, 8, height, title) as figure:
         figure.set_layout_engine("none")
@@ -5928,25 +5938,26 @@ def plot_cells(lines: Sequence[Sequence[Cell]], path: Path, title: str,
         for i, line in enumerate(lines, 1):
             for k, cell in enumerate(line):
                 left, bottom = 0.06 + k * 7.94 / 6, height - top - i * (SIDE + ABOVE)
-                draw_cell(axes, left, bottom, cell)
-        if legend:
+                draw_picture(axes, left, bottom, *cell)
+        if any(maps):
             place = figure.add_axes((0.3, 0.3 / height, 0.4, 0.09 / height))
             bar = figure.colorbar(ScalarMappable(cmap="inferno"), place, orientation="horizontal")
             bar.set_ticks([0, 1], labels=["no influence", "strongest"])
 
 
-def draw_cell(axes: Any, left: float, bottom: float, cell: Cell) -> None:
+def draw_picture(axes: Any, left: float, bottom: float, picture: np.ndarray, verdict: Verdict,
+                 strength: np.ndarray | None) -> None:
     """One picture, framed and captioned by its verdict; or captioned, under a map."""
     from matplotlib.patches import Rectangle
-    (picture, verdict, strength), colour = cell, GREY
     place = {"extent": (left, left + SIDE, bottom, bottom + SIDE), "aspect": "auto"}
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", **place)
-    if strength is not None:
-        axes.imshow(tint_map(strength), interpolation="bilinear", **place)
-    else:
+    if strength is None:
         colour = verdict.colour
         axes.add_patch(Rectangle((left, bottom), SIDE, SIDE, fill=False, edgecolor=colour,
                                  linewidth=2.5, linestyle="--" if "✗" in verdict.line else "-"))
+    else:
+        colour = GREY
+        axes.imshow(tint_map(strength), interpolation="bilinear", **place)
     # A long name would run into its neighbours.
     lines = [line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
              for line in verdict.line.splitlines()]
@@ -5958,13 +5969,6 @@ def as_grey(values: Tensor) -> np.ndarray:
     """A map of any numbers as a grey picture, from its least to its largest."""
     low, high = values.aminmax()
     return ((values - low) / (high - low).clamp(min=1e-12) * 255).byte().numpy()
-
-
-def plot_pictures(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict], path: Path,
-                  title: str) -> None:
-    """A grid of pictures with what the model said."""
-    cells = [(picture, verdict, None) for picture, verdict in zip(pictures, verdicts, strict=True)]
-    plot_cells([cells[i:i + 6] for i in range(0, len(cells), 6)], path, title)
 
 
 def tint_map(strength: np.ndarray) -> np.ndarray:
@@ -5985,18 +5989,6 @@ def draw_overlay(picture: np.ndarray, strength: np.ndarray) -> bytes:
                           above.resize((width, height), Image.Resampling.BILINEAR)
                           ).convert("RGB").save(file := io.BytesIO(), "PNG")
     return file.getvalue()
-
-
-def plot_maps(pictures: list[np.ndarray], verdicts: Sequence[Verdict],
-              maps: list[dict[str, np.ndarray]], path: Path, title: str) -> None:
-    """Each picture beside itself under each of its maps; an empty map leaves it as it is."""
-    lines: list[list[Cell]] = [[]]
-    for picture, verdict, some in zip(pictures, verdicts, maps, strict=True):
-        if len(lines[-1]) + 1 + len(some) > 6:
-            lines.append([])
-        lines[-1] += [(picture, verdict, None), *(
-            (picture, Verdict(caption), strength) for caption, strength in some.items())]
-    plot_cells(lines, path, title, legend=True)
 
 
 def plot_texts(texts: list[str], verdicts: Sequence[Verdict], path: Path, title: str) -> None:
