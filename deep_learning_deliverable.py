@@ -5411,10 +5411,6 @@ class CellBar(tqdm):
 
     place: Any = None
 
-    def __init__(self, **options: Any) -> None:
-        options |= {"file": io.StringIO(), "ncols": 100, "mininterval": 0.5, "ascii": False}
-        super().__init__(**options)
-
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Called by tqdm when there is something new to show."""
         from IPython.display import display
@@ -5430,7 +5426,7 @@ def progress_bar(total: int, unit: str, done: int = 0, hidden: bool = False,
     """One bar at a time, gone when done; none where it would stay: in files, and in `!python`."""
     options = {"total": total, "initial": done, "unit": unit, "leave": False, **more}
     if in_notebook() and not hidden:
-        return CellBar(**options)
+        return CellBar(**options, file=io.StringIO(), ncols=100, mininterval=0.5, ascii=False)
     child_of_a_kernel = "JPY_PARENT_PID" in os.environ
     shown = not hidden and sys.stderr.isatty() and not child_of_a_kernel
     return tqdm(**options, disable=not shown, dynamic_ncols=True, mininterval=0.2, file=sys.stderr)
