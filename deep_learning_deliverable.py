@@ -5511,14 +5511,13 @@ def measure_speed(data: Dataset, config: Config, machine: Machine,
     """Some steps of a model that is thrown away, some predictions, and perhaps a figure."""
     model = place_model(build_model(data.meta), machine)
     state = new_train_state(model, config, machine)
-    order = torch.randperm(len(data.parts["train"]), generator=state.order)
-    rows = data.parts["train"][order]
-
+    rows = data.parts["train"]
+    rows = rows[torch.randperm(len(rows), generator=state.order)]
     alone, figure = replace(machine, group=DistributedContext()), SpeedEstimate.figure
     stepper = Stepper(state, Context(config, data, alone, Checkpointer()))
     stepper.records &= machine.group.size == 1
 
-    def train(some: Tensor) -> int:
+    def train(some: Tensor) -> list[Tensor]:
         model.train()
         batches = data.samples.plan(some, config.batch_size, state.order)
         for where in batches:
@@ -5526,16 +5525,15 @@ def measure_speed(data: Dataset, config: Config, machine: Machine,
             y = data.shares(data.labels[some[where]].to(machine.device))
             stepper.take(x, y, 0.0, config.lr)
         synchronize(machine.device)
-        return len(batches)
+        return batches
 
-    def predict(some: Tensor) -> int:
-        return len(predict_logits(model, data.samples, some, alone, views=False))
+    predict = functools.partial(predict_logits, model, data.samples, machine=alone, views=False)
 
-    def seconds(job: Callable[[Tensor], int], first: Tensor, then: Tensor) -> float:
+    def seconds(job: Callable[[Tensor], Any], first: Tensor, then: Tensor) -> float:
         job(first)  # the first time is never like the others
         started, times = time.perf_counter(), 0
         while not times or time.perf_counter() - started < 0.3:  # a short time is mostly noise
-            times += job(then)
+            times += len(job(then))
         return (time.perf_counter() - started) / times
 
     on_gpu = machine.device.type == "cuda"
