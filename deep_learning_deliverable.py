@@ -6044,14 +6044,14 @@ def plot_deletion(curves: dict[str, dict[str, Tensor]], path: Path, title: str) 
 
 def plot_parts(parts: pd.DataFrame, path: Path, title: str) -> None:
     """Test accuracy of each method on the same samples, with its interval."""
+    values, high = 100 * parts["accuracy"], 100 * parts["high"]
+    ends = np.array([values - 100 * parts["low"], high - values]).clip(0)
+    colours = [BLUE if key == "test" else GREY for key in parts["key"]]
     with canvas(path, 8, 0.5 * len(parts) + 1.8, title) as figure:
-        axes, values = figure.subplots(), parts["accuracy"] * 100
-        colours = [BLUE if key == "test" else GREY for key in parts["key"]]
-        ends = np.array([values - parts["low"] * 100, parts["high"] * 100 - values]).clip(0)
-        axes.barh(parts["name"], values, color=colours, height=0.6, xerr=ends, capsize=4)
-        for place, (value, high) in enumerate(zip(values, parts["high"], strict=True)):
-            axes.text(100 * high + 1, place, f"{value:.2f}", va="center", fontsize=9)
-        axes.set(xlabel="test accuracy in %, 95% interval", xlim=(0, min(112, max(values) * 1.2)))
+        axes = figure.subplots()
+        bars = axes.barh(parts["name"], values, color=colours, height=0.6, xerr=ends, capsize=4)
+        axes.bar_label(bars, fmt="{:.2f}", padding=5, fontsize=9)  # behind the interval
+        axes.set(xlabel="test accuracy in %, 95% interval", xlim=(0, min(112, 1.2 * max(high))))
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
 
@@ -6067,15 +6067,14 @@ def plot_comparison(runs: pd.DataFrame, path: Path, title: str) -> None:
     with canvas(path, 8, 1.1 * len(runs) + 2.8, textwrap.fill(title, 84)) as figure:
         places = figure.subplots(3, 2, sharey=True).flat
         for axes, (key, label, scale, form) in zip(places, panels, strict=True):
-            values = runs[key] * scale
-            bars = axes.barh(runs["label"], values, color=BLUE, height=0.6)
+            values = high = runs[key] * scale
+            ends = None
             if key == "test_accuracy":
-                ends = np.array([values - runs[f"{key}_low"] * scale,
-                                 runs[f"{key}_high"] * scale - values]).clip(0)
-                axes.errorbar(values, runs["label"], xerr=ends, fmt="none", color="black",
-                              capsize=4)
-            axes.bar_label(bars, [form.format(value) for value in values], padding=10, fontsize=9)
-            axes.set(title=label, xlim=(0, max(values) * 1.3), xticks=[])
+                high = runs[f"{key}_high"] * scale
+                ends = np.array([values - runs[f"{key}_low"] * scale, high - values]).clip(0)
+            bars = axes.barh(runs["label"], values, color=BLUE, height=0.6, xerr=ends, capsize=4)
+            axes.bar_label(bars, fmt=form, padding=5, fontsize=9)  # behind the interval
+            axes.set(title=label, xlim=(0, max(high) * 1.3), xticks=[])
             axes.grid(visible=False)
         figure.axes[0].invert_yaxis()
 

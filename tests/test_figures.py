@@ -1,4 +1,5 @@
 """Figures open, are not blank, repeat to the byte, and stand odd input."""
+import contextlib
 import warnings
 
 import numpy as np
@@ -67,6 +68,29 @@ def test_figures_are_drawn(what, tmp_path, monkeypatch):
     assert (shades < 200).mean() > 0.002 and shades.std() > 5, "blank"
     for edge in (shades[:2], shades[-2:], shades[:, :2], shades[:, -2:]):
         assert edge.min() > 200, "clipped"
+
+
+def test_wide_intervals_are_drawn_whole_and_no_number_is_struck_through(tmp_path, monkeypatch):
+    drawn, canvas = [], dld.canvas
+
+    @contextlib.contextmanager
+    def keeping(*given):
+        with canvas(*given) as figure:
+            drawn.append(figure)
+            yield figure
+
+    monkeypatch.setattr(dld, "canvas", keeping)
+    wide = {"accuracy": [0.5, 0.3], "low": [0.33, 0.14], "high": [0.67, 0.54]}
+    dld.plot_parts(pd.DataFrame({"key": ["test", "x"], "name": ["a", "b"], **wide}),
+                   tmp_path / "a.png", "title")
+    dld.plot_comparison(RUNS.assign(test_accuracy=wide["accuracy"], test_accuracy_low=wide["low"],
+                                    test_accuracy_high=wide["high"]), tmp_path / "b.png", "title")
+    for figure in drawn:
+        axes = figure.axes[0]
+        edge = axes.get_window_extent().x1
+        for high, number in zip(wide["high"], axes.texts, strict=True):
+            end = axes.transData.transform((100 * high, 0))[0]
+            assert end < number.get_window_extent().x0 < number.get_window_extent().x1 < edge
 
 
 def test_figures_repeat_to_the_byte(tmp_path):
