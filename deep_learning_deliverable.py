@@ -5812,15 +5812,14 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
 def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) -> None:
     """ROC and precision-recall curves of each class against the rest, by their names with AUC."""
     with canvas(path, 8, 4.3, f"{title}\neach class against the rest") as figure:
-        left, right = figure.subplots(1, 2)
+        limits = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.02)}
+        left, right = figure.subplots(1, 2, subplot_kw=limits)
         left.plot([0, 1], [0, 1], ":", color=GREY)
         for name, (fall_out, recall, precision, found) in curves.items():
             left.plot(fall_out, recall, linewidth=1.3, label=name)
             right.plot(found, precision, linewidth=1.3)
         left.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
         right.set(title="precision and recall", xlabel="recall", ylabel="precision")
-        for axes in (left, right):
-            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
         left.legend(loc="lower right", fontsize=8, title="class (AUC)", title_fontsize=8)
 
 
