@@ -5899,7 +5899,7 @@ class Verdict:
         return f"✓ {said}" if self.right else f"✗ {said}\n{self.source}: {self.true}"
 
 
-SIDE, ABOVE = 1.24, 0.42  # inches: of a picture; of its caption, which has two lines
+PICTURE_SIDE, PICTURE_AND_CAPTION = 1.24, 1.66  # inches: their height, in a grid of pictures
 
 
 def plot_pictures(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict], path: Path,
@@ -5922,7 +5922,7 @@ def plot_maps(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict],
         lines[-1] += [(picture, verdict, None), *(
             (picture, Verdict(caption), strength) for caption, strength in some.items())]
     top, below = 0.15 + 0.18 * len(title.splitlines()), 0.5 if any(maps) else 0.05
-    height = top + len(lines) * (SIDE + ABOVE) + below
+    height = top + len(lines) * PICTURE_AND_CAPTION + below
     with canvas(path, 8, height, title) as figure:
         figure.set_layout_engine("none")
         figure.suptitle(title, y=1 - 0.1 / height)
@@ -5930,8 +5930,8 @@ def plot_maps(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict],
         axes.set_axis_off()
         for i, line in enumerate(lines, 1):
             for k, cell in enumerate(line):
-                left, bottom = 0.06 + k * 7.94 / 6, height - top - i * (SIDE + ABOVE)
-                draw_picture(axes, left, bottom, *cell)
+                bottom = height - top - i * PICTURE_AND_CAPTION
+                draw_picture(axes, 0.06 + k * 7.94 / 6, bottom, *cell)
         if any(maps):
             place = figure.add_axes((0.3, 0.3 / height, 0.4, 0.09 / height))
             bar = figure.colorbar(ScalarMappable(cmap="inferno"), place, orientation="horizontal")
@@ -5942,11 +5942,12 @@ def draw_picture(axes: Any, left: float, bottom: float, picture: np.ndarray, ver
                  strength: np.ndarray | None) -> None:
     """One picture, framed and captioned by its verdict; or captioned, under a map."""
     from matplotlib.patches import Rectangle
-    place = {"extent": (left, left + SIDE, bottom, bottom + SIDE), "aspect": "auto"}
+    side = PICTURE_SIDE
+    place = {"extent": (left, left + side, bottom, bottom + side), "aspect": "auto"}
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest", **place)
     if strength is None:
         colour = verdict.colour
-        axes.add_patch(Rectangle((left, bottom), SIDE, SIDE, fill=False, edgecolor=colour,
+        axes.add_patch(Rectangle((left, bottom), side, side, fill=False, edgecolor=colour,
                                  linewidth=2.5, linestyle="--" if "✗" in verdict.line else "-"))
     else:
         colour = GREY
@@ -5954,7 +5955,7 @@ def draw_picture(axes: Any, left: float, bottom: float, picture: np.ndarray, ver
     # A long name would run into its neighbours.
     lines = [line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
              for line in verdict.line.splitlines()]
-    axes.text(left + SIDE / 2, bottom + SIDE + 0.07, "\n".join(lines), fontsize=9, ha="center",
+    axes.text(left + side / 2, bottom + side + 0.07, "\n".join(lines), fontsize=9, ha="center",
               va="bottom", color=colour)
 
 
