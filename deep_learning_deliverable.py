@@ -5612,7 +5612,7 @@ class TimeBudget:
         return dict(self.laps)
 
     def forecast(self, data: Dataset, config: Config, done: int) -> str:
-        """How long this will take here, for people."""
+        """How long this will take here, for people, after so many steps."""
         if not self.speed:
             return "a dry run: some seconds"
         closing = self.speed.closing(data, config)
@@ -7881,7 +7881,7 @@ def print_start(run: Run, said: str, resumed: bool) -> None:
             ("Skipped", f"{say_skipped(skipped)}; listed in skipped.csv" if skipped else ""),
             ("Start", said), ("Device", machine.describe()), ("Folder", str(run.folder.resolve())),
             ("Resume", f"after {state.progress}" if resumed else ""),
-            ("Time", run.budget.forecast(data, config, state.epoch))):
+            ("Time", run.budget.forecast(data, config, state.steps))):
         if line:
             log(f"{head:8}{line}" if head == "Folder" else say(head, line, 8))
     log("")

@@ -207,8 +207,11 @@ def test_a_config_repeats_its_run_exactly_in_a_new_folder(finished, tmp_path, un
 
 
 def test_resume_continues_in_the_same_folder_where_no_other_process_trains(
-        finished, tmp_path, undrawn, capsys):
+        finished, tmp_path, undrawn, monkeypatch, capsys):
     run = shutil.copytree(finished["mnist"], tmp_path / "run")
+    over, forecast = [], dld.TimeBudget.forecast
+    monkeypatch.setattr(dld.TimeBudget, "forecast", lambda budget, data, config, steps: (
+        over.append(steps / data.epoch_steps(config)) or forecast(budget, data, config, steps)))
     config = json.loads((run / "config.json").read_text("utf-8"))
     dld.write_json(run / "config.json", {**config, "report": "minimal"})
     again = ["--resume", str(run), "--epochs", "3"]
@@ -216,7 +219,7 @@ def test_resume_continues_in_the_same_folder_where_no_other_process_trains(
         assert dld.main(again) == 2
     said = capsys.readouterr().err
     assert f"{run} is being trained by another process" in said and said.count("\n") == 1
-    assert dld.main(again) == 0
+    assert dld.main(again) == 0 and over == [2], "what is over takes no time"
     metrics, history = metrics_of(run), pd.read_csv(run / "history.csv")
     assert metrics["epochs"] == 3 and metrics["status"] == "finished"
     assert history["epoch"].tolist() == [1, 2, 3] and history["seconds"].is_monotonic_increasing
