@@ -5718,7 +5718,8 @@ FIGURE_DPI = 150  # finer than most screens: pages show figures at two thirds of
 
 
 @contextlib.contextmanager
-def canvas(path: Path, width: float, height: float, title: str) -> Iterator[Any]:
+def canvas(path: Path, width: float, height: float, title: str,
+           title_y: float | None = None) -> Iterator[Any]:
     """A figure in one style, saved when the block ends; touches no global state of matplotlib."""
     import matplotlib
     import seaborn
@@ -5738,7 +5739,7 @@ def canvas(path: Path, width: float, height: float, title: str) -> Iterator[Any]
         # Not pyplot: it keeps every figure in memory, and changes what a notebook shows.
         figure = Figure(figsize=(width, height), dpi=FIGURE_DPI, layout="constrained")
         FigureCanvasAgg(figure)
-        figure.suptitle(title)
+        figure.suptitle(title, y=title_y)
         yield figure
         # Compressed more, writing takes as long as drawing, and saves a quarter of the bytes.
         write_atomically(path, lambda part: figure.savefig(
@@ -5923,9 +5924,8 @@ def plot_maps(pictures: Sequence[np.ndarray], verdicts: Sequence[Verdict],
             (picture, Verdict(caption), strength) for caption, strength in some.items())]
     top, below = 0.15 + 0.18 * len(title.splitlines()), 0.5 if any(maps) else 0.05
     height = top + len(lines) * PICTURE_AND_CAPTION + below
-    with canvas(path, 8, height, title) as figure:
+    with canvas(path, 8, height, title, title_y=1 - 0.1 / height) as figure:
         figure.set_layout_engine("none")
-        figure.suptitle(title, y=1 - 0.1 / height)
         axes = figure.add_axes((0, 0, 1, 1), autoscale_on=False, xlim=(0, 8), ylim=(0, height))
         axes.set_axis_off()
         for i, line in enumerate(lines, 1):
