@@ -5899,6 +5899,12 @@ class Verdict:
         said = f"{self.predicted} {self.confidence:.0%}"
         return f"✓ {said}" if self.right else f"✗ {said}\n{self.source}: {self.true}"
 
+    @property
+    def caption(self) -> str:
+        """The same for a figure, in which a long name would run into its neighbours."""
+        return "\n".join(line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
+                         for line in self.line.splitlines())
+
 
 PICTURE_SIDE, PICTURE_AND_CAPTION = 1.24, 1.66  # inches: their height, in a grid of pictures
 
@@ -5952,10 +5958,7 @@ def draw_picture(axes: Any, left: float, bottom: float, picture: np.ndarray, ver
     else:
         colour = GREY
         axes.imshow(tint_map(strength), interpolation="bilinear", **place)
-    # A long name would run into its neighbours.
-    lines = [line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
-             for line in verdict.line.splitlines()]
-    axes.text(left + side / 2, bottom + side + 0.07, "\n".join(lines), fontsize=9, ha="center",
+    axes.text(left + side / 2, bottom + side + 0.07, verdict.caption, fontsize=9, ha="center",
               va="bottom", color=colour)
 
 
@@ -5995,9 +5998,9 @@ def plot_texts(texts: list[str], verdicts: Sequence[Verdict], path: Path, title:
             wide = re.search(f"[{UNSPACED}]", text)  # signs twice as wide as letters
             lines = textwrap.wrap(text or "(empty)", 44 if wide else 88)
             shown = "\n".join(lines[:3]) + (" …" if len(lines) > 3 else "")
-            axes.text(0.0, i + 0.5, verdict.line, color=verdict.colour, va="center", fontsize=9,
+            axes.text(0.0, i + 0.5, verdict.caption, color=verdict.colour, va="center", fontsize=9,
                       fontweight="bold")
-            axes.text(0.2, i + 0.5, shown, va="center", fontsize=8.5)
+            axes.text(0.22, i + 0.5, shown, va="center", fontsize=8.5)
             axes.axhline(i + 1, color="#dddddd", linewidth=0.8)
 
 

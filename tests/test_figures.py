@@ -70,16 +70,30 @@ def test_figures_are_drawn(what, tmp_path, monkeypatch):
         assert edge.min() > 200, "clipped"
 
 
-def test_wide_intervals_are_drawn_whole_and_no_number_is_struck_through(tmp_path, monkeypatch):
-    drawn, canvas = [], dld.canvas
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn from now on."""
+    figures, canvas = [], dld.canvas
 
     @contextlib.contextmanager
     def keeping(*given):
         with canvas(*given) as figure:
-            drawn.append(figure)
+            figures.append(figure)
             yield figure
 
     monkeypatch.setattr(dld, "canvas", keeping)
+    return figures
+
+
+def test_a_long_class_name_does_not_run_into_a_text(tmp_path, drawn):
+    name = "question about the invoice amount"
+    dld.plot_texts(["My parcel did not come. " * 9], [dld.Verdict(f"no {name}", name, 0.5)],
+                   tmp_path / "a.png", "title")
+    verdict, text = (each.get_window_extent() for each in drawn[0].axes[0].texts)
+    assert verdict.x1 < text.x0 and text.x1 < drawn[0].bbox.x1
+
+
+def test_wide_intervals_are_drawn_whole_and_no_number_is_struck_through(tmp_path, drawn):
     wide = {"accuracy": [0.5, 0.3], "low": [0.33, 0.14], "high": [0.67, 0.54]}
     dld.plot_parts(pd.DataFrame({"key": ["test", "x"], "name": ["a", "b"], **wide}),
                    tmp_path / "a.png", "title")
