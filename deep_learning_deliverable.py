@@ -5785,8 +5785,9 @@ def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -
                 axes.plot(history["epoch"], history[f"val_{name}"] * scale, marker="o",
                           markersize=3 if len(history) < 30 else 0, label=label)
             axes.set_title(f"validation {name}")
+        columns = max(1, min(4, 100 // (max(map(len, histories)) + 8)))  # about 100 letters fit
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                      ncols=min(4, len(histories)))
+                      ncols=columns)
 
 
 def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: str) -> None:

@@ -34,6 +34,8 @@ DRAW = {
     "one epoch, no validation": (dld.plot_curves, HISTORY[:1].assign(
         val_loss=np.nan, val_accuracy=np.nan), 1),
     "many histories": (dld.plot_histories, {f"fold {i}": HISTORY for i in range(8)}),
+    "histories, long names": (dld.plot_histories, {
+        f"outputs/a/rather/long/path/{i}": HISTORY for i in range(7)}),
     "confusion, long names": (dld.plot_confusion, np.arange(9).reshape(3, 3),
                               ["airplane", "automobile", "$bird$ {x}"]),
     "pictures": (dld.plot_pictures, [PICTURES[0], PICTURES[1][..., 0]], [RIGHT, WRONG]),
