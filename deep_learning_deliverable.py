@@ -4340,27 +4340,19 @@ def split_cells(text: str, separator: str) -> Iterator[tuple[list[str], int, boo
 
     Such a row ends with its line: no other is lost with it, as with pandas' reader.
     """
-    lines, place = [*io.StringIO(text, newline="")], 0
-
-    def feed() -> Iterator[str]:
-        nonlocal place
-        while place < len(lines):
-            place += 1
-            yield lines[place - 1]
-
-    while place < len(lines):
-        begin, unclosed = place, False
-        try:
-            cells = next(csv.reader(feed(), delimiter=separator, strict=True))
-        except csv.Error:  # a quote is not closed, or not where its cell ends
-            place = begin + 1
-            cells, = csv.reader(lines[begin:place], delimiter=separator)
-            try:
-                [*csv.reader(lines[begin:place], delimiter=separator, strict=True)]
-            except csv.Error as problem:
-                unclosed = "end of data" in str(problem)
-        if any(map(str.strip, cells)):
-            yield cells, begin + 1, unclosed
+    lines, first = [*io.StringIO(text, newline="")], 0
+    while first < len(lines):
+        rest, used = map(lines.__getitem__, range(first, len(lines))), 0
+        reader = csv.reader(rest, delimiter=separator, strict=True)
+        with contextlib.suppress(csv.Error):
+            for cells in reader:
+                yield cells, first + used + 1, False
+                used = reader.line_num
+            return
+        # A quote is not closed, or not where its cell ends: what it begins is one line.
+        first += used + 1
+        cells, = csv.reader([lines[first - 1].rstrip("\r\n") + "\n"], delimiter=separator)
+        yield cells, first, cells[-1].endswith("\n")
 
 
 def find_separator(text: str, separators: str) -> str:
@@ -4380,24 +4372,28 @@ def read_cells(text: str, separators: str, skipped: Skipped) -> pd.DataFrame:
     if not text.strip():
         return pd.DataFrame()
     csv.field_size_limit(2**31 - 1)
-    rows = [*split_cells(text, find_separator(text, separators))]
+    rows = [row for row in split_cells(text, find_separator(text, separators))
+            if any(map(str.strip, row[0]))]
     head = [cell.strip() for cell in rows[0][0]]
     width = len(head)
-    table = pd.DataFrame([(cells + [None] * width)[:width] for cells, *_ in rows], dtype=object)
     usual = {name.lower() for name in head} & {*TEXT_COLUMNS, *LABEL_COLUMNS}
-    repeats = any(head[i] in set(table[i].iloc[1:1000]) for i in table)
+    repeats = any(name == cell for cells, *_ in rows[1:1000]
+                  for name, cell in zip(head, cells, strict=False))
     sentence = max(map(len, head)) > 60 or (width == 1 and " " in head[0])
     if not usual and (repeats or sentence):
-        table = table.set_axis([f"{i + 1}" for i in table], axis=1).set_axis(table.index + 1)
+        names = [f"{i + 1}" for i in range(width)]
     else:
-        table, rows = table.iloc[1:].set_axis(number_repeats(head), axis=1), rows[1:]
-    odd = {row: "a quote that is never closed" if unclosed else
-           f"{len(cells)} cells, where the first line has {width}"
-           for row, (cells, _, unclosed) in zip(table.index, rows, strict=True)
-           if unclosed or any(map(str.strip, cells[width:]))}
-    skipped += [(f"row {row}", f"{why} (line {rows[row - table.index[0]][1]})")
-                for row, why in odd.items()]
-    return table.drop(index=[*odd])
+        names, rows = number_repeats(head), rows[1:]
+    good = {}
+    for row, (cells, line, unclosed) in enumerate(rows, 1):
+        if unclosed:
+            skipped.append((f"row {row}", f"a quote that is never closed (line {line})"))
+        elif any(map(str.strip, cells[width:])):
+            skipped.append((f"row {row}", f"{len(cells)} cells, where the first line has {width} "
+                            f"(line {line})"))
+        else:
+            good[row] = (cells + [None] * width)[:width]
+    return pd.DataFrame([*good.values()], [*good], names, dtype=object)
 
 
 def find_columns(table: pd.DataFrame, path: Path, text: str, label: str,
