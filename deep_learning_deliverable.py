@@ -4274,32 +4274,27 @@ def read_table(path: Path) -> tuple[pd.DataFrame, Skipped]:
         raise DataError(f"{path} is in an encoding that is not known here; save it as UTF-8")
     text, ending = text.replace("\0", " "), path.suffix.lower()
     skipped: Skipped = []
-    table = (read_objects(text, skipped) if ending in JSON_ENDINGS
-             else read_lines(text, pattern) if (pattern := marked_lines(text, ending))
-             else read_cells(text, "\t" if ending == ".tsv" else "\t|;,", skipped))
+    table = read_objects(text, skipped) if ending in JSON_ENDINGS else read_marked(text, ending)
+    if table is None:
+        table = read_cells(text, "\t" if ending == ".tsv" else "\t|;,", skipped)
     if not len(table):
         raise DataError(f"{path} holds no rows")
     return table, skipped
 
 
-def marked_lines(text: str, ending: str) -> re.Pattern[str] | None:
-    """How to cut lines that begin with their class, if these do: __label__x text, or x text."""
-    some = text.splitlines()[:1000]
+def read_marked(text: str, ending: str) -> pd.DataFrame | None:
+    """Lines that begin with their class, __label__x text or x text, as a table; None if others."""
+    lines = text.splitlines()
     for pattern, fits in ((r"__label__(\S+)(?:[\s,]+__label__\S+)*[\s,]+(.*)", True),
                           (r"([^\s,;|]+) +(\S.*)", ending not in TABLE_ENDINGS)):
-        found = [re.fullmatch(pattern, line.strip()) for line in some if line.strip()]
+        cut = re.compile(pattern).fullmatch
+        found = [cut(line.strip()) for line in lines[:1000] if line.strip()]
         kinds = {one[1] for one in found if one}
-        if fits and found and all(found) and 1 < len(kinds) <= max(2, min(50, len(found) // 4)):
-            return re.compile(pattern)
+        if fits and all(found) and 1 < len(kinds) <= max(2, min(50, len(found) // 4)):
+            rows = {i: cut(line.strip()) for i, line in enumerate(lines, 1) if line.strip()}
+            return pd.DataFrame([row.groups() if row else (None, None) for row in rows.values()],
+                                [*rows], ["label", "text"], dtype=object)
     return None
-
-
-def read_lines(text: str, pattern: re.Pattern[str]) -> pd.DataFrame:
-    """Such lines as a table, numbered as they are."""
-    lines = {i: pattern.fullmatch(line.strip()) for i, line in enumerate(text.splitlines(), 1)
-             if line.strip()}
-    return pd.DataFrame([[found[1], found[2]] if found else [None, None]
-                         for found in lines.values()], [*lines], ["label", "text"], dtype=object)
 
 
 def number_repeats(names: Sequence[str]) -> list[str]:
