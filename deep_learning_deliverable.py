@@ -4352,11 +4352,12 @@ def split_cells(text: str, separator: str) -> Iterator[tuple[list[str], int, boo
 
 def find_separator(text: str, separators: str) -> str:
     """What cuts the most of the first lines into the same number of cells."""
-    lines = [*itertools.islice(io.StringIO(text, newline=""), 100)]
+    lines = [*itertools.islice(io.StringIO(text.lstrip("\r\n"), newline=""), 100)]
 
     def fit(separator: str) -> int:
         cut = csv.reader(lines, delimiter=separator)
-        width, rows = Counter(len(cells) for cells in cut if cells).most_common(1)[0]
+        widths = Counter(len(cells) for cells in cut if cells)
+        width, rows = widths.most_common(1)[0] if widths else (0, 0)
         return rows if width > 1 else 0
 
     return max(separators, key=fit)
@@ -4364,11 +4365,11 @@ def find_separator(text: str, separators: str) -> str:
 
 def read_cells(text: str, separators: str, skipped: Skipped) -> pd.DataFrame:
     """Rows of cells, under the names in the first one, or numbered if that is like the others."""
-    if not text.strip():
-        return pd.DataFrame()
     csv.field_size_limit(2**31 - 1)
     rows = [row for row in split_cells(text, find_separator(text, separators))
             if any(map(str.strip, row[0]))]
+    if not rows:
+        return pd.DataFrame()
     head = [cell.strip() for cell in rows[0][0]]
     width = len(head)
     usual = {name.lower() for name in head} & {*TEXT_COLUMNS, *LABEL_COLUMNS}

@@ -172,6 +172,7 @@ OWN = [
     ("text", "own.csv", write("own.csv", "text,label\na,1\n".encode("utf-16-le")),
      "in an encoding that is not known here"),
     ("text", "own.csv", write("own.csv", "text,label\n"), "own.csv holds no rows"),
+    ("text", "own.csv", write("own.csv", ",,\n"), "own.csv holds no rows"),
     ("text", "own.csv", write("own.csv", "text\na\nb\n"), "name it with --label-column"),
     ("text", "own.csv", write("own.csv", "text,label\na,1\nb,1\n"), "has only the class 1"),
     ("text", "own.csv", write("own.csv", "text,label\na,\nb,\n"), "no class in the column label"),

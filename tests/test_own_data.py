@@ -172,15 +172,16 @@ LINES = ["text,label", *(f"film {i},{i % 2}" for i in range(10))]
 @pytest.mark.parametrize("lines, kept, skipped", [
     ([*LINES, ",1", "no class,", "alone", "a,0"], 11, ["row 11", "row 12", "row 13"]),
     ([*LINES, "w " * 70_000 + ",1"], 11, []),
+    ([""] * 101 + LINES, 10, []),
     ([*LINES, '"open,1', "b,1"], 11, ["row 11"]),
     ([*LINES, '"a" film,"open', "b,1"], 11, ["row 11"]),
     ([*LINES, '"open,1', "b,1", '"two\nlines, ""quoted""",0', "c,1", 'd "e" f,1'], 14, ["row 11"]),
     (['{"text": "a", "label": 1}', "no JSON", '{"text": "b", "label": 2}', "[1]"], 2,
      ["row 2", "row 4"])],
-    ids=["no text or no class", "a long cell", "an open quote", "one behind another",
+    ids=["no text or no class", "a long cell", "empty lines", "an open quote", "one behind another",
          "one before others", "no JSON"])
 def test_no_row_is_lost_without_being_listed_by_its_number(lines, kept, skipped, tmp_path):
-    path = tmp_path / ("a.csv" if lines[0] == LINES[0] else "a.jsonl")
+    path = tmp_path / ("a.csv" if LINES[0] in lines else "a.jsonl")
     path.write_text("\n".join(lines))
     raw = read("text", path, tmp_path, test_fraction=0.5)
     assert (len(raw.x), [name for name, _ in raw.skipped]) == (kept, skipped)
