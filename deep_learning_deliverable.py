@@ -3895,7 +3895,7 @@ def fetch(archive: Archive, folder: Path, config: Config) -> Path:
         with FileLock(folder / f".{archive.name}.lock"):
             if not path.exists():  # else another run has got it meanwhile
                 free = shutil.disk_usage(folder).free
-                if free < archive.size:
+                if free + file_size(part) < archive.size:
                     raise DataMissing(f"no room for {archive.name} in {folder}: "
                                       f"{format_size(free)} left")
                 download(archive, part, [*own, *archive.mirrors])

@@ -6,6 +6,7 @@ import io
 import re
 import tarfile
 import threading
+import types
 
 import pytest
 from conftest import dld
@@ -135,6 +136,15 @@ def test_a_partial_file_is_resumed_or_started_anew(part, way, tmp_path, server):
     (tmp_path / ".file.bin.part").write_bytes(part)
     assert fetch(tmp_path, host, way) == BODY and left(tmp_path) == ["file.bin"]
     assert len(part) >= SIZE or asked[0] == (way, "bytes=5000-")
+
+
+def test_what_is_there_of_a_file_needs_no_room_once_more(tmp_path, server, monkeypatch):
+    room = types.SimpleNamespace(free=SIZE - 5000)
+    monkeypatch.setattr(dld.shutil, "disk_usage", lambda _: room)
+    with pytest.raises(dld.DataMissing, match="no room for file"):
+        fetch(tmp_path, server[0], "good")
+    (tmp_path / ".file.bin.part").write_bytes(BODY[:5000])
+    assert fetch(tmp_path, server[0], "good") == BODY
 
 
 def test_a_file_that_is_there_but_wrong_is_never_replaced(tmp_path, server):
