@@ -4195,7 +4195,8 @@ def picture_format(found: list[SampleFile], config: Config) -> Meta:
     if not sides:
         raise DataError(f"none of the pictures can be read, for example {found[0].name}")
     grey = config.colour == "grey" or (
-        config.colour == "auto" and modes <= {"1", "L", "LA", "I", "F", "I;16"})
+        config.colour == "auto"
+        and all(mode in ("1", "L", "LA") or mode[0] in "IF" for mode in modes))
     return {"side": config.image_size or min(64, max(8, int(np.median(sides)))),
             "channels": 1 if grey else 3, "light_on_dark": False, "white": max(whites)}
 

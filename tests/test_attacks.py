@@ -187,6 +187,14 @@ def test_deep_pictures_of_one_data_set_are_scaled_alike(tmp_path):
     assert again.mean() == pytest.approx(means[0], abs=1)
 
 
+def test_deep_pictures_of_either_byte_order_are_grey(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "deep" / label).mkdir(parents=True)
+        page = Image.frombytes("I;16B", (4, 4), (GREY * 250).astype(">u2").tobytes())
+        page.save(tmp_path / "deep" / label / "x.tif")
+    assert read("images", tmp_path / "deep", tmp_path).x.shape[1] == 1
+
+
 @pytest.mark.parametrize("values", [GREY - 300, GREY * np.nan, GREY * 1e9])
 def test_pictures_whose_white_is_not_known_are_refused(values, tmp_path):
     deep(values, np.float32).save(tmp_path / "x.tif")
