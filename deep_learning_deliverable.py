@@ -3900,7 +3900,7 @@ def fetch(archive: Archive, folder: Path, config: Config) -> Path:
                                       f"{format_size(free)} left")
                 download(archive, part, [*own, *archive.mirrors])
                 os.replace(part, path)
-            if file_md5(path) != archive.md5:
+            elif file_md5(path) != archive.md5:
                 raise DataError(f"{path} is damaged (md5 differs from {archive.md5}); delete it "
                                 "and run again")
     except (DataMissing, OSError) as problem:
