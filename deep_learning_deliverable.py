@@ -4884,8 +4884,9 @@ def load_published(config: Config) -> dict[str, Tensor]:
     except Exception as problem:  # a damaged file can raise nearly anything
         if there:
             raise DataError(f"{path} is damaged; delete it and run again") from problem
-        raise DataMissing(f"could not download {best.url} ({str(problem).splitlines()[0]}); put it "
-                          f"into {path.parent} by hand") from problem
+        why = next(iter(str(problem).splitlines()), type(problem).__name__)
+        raise DataMissing(f"could not download {best.url} ({why}); put it into {path.parent} by "
+                          "hand") from problem
 
 
 def initialize_weights(model: nn.Module, config: Config, classes: list[str]) -> str:
