@@ -4159,11 +4159,9 @@ def assign_parts(found: list[SampleFile], config: Config) -> list[SampleFile]:
 
 def class_names(name: str, found: list[SampleFile]) -> list[str]:
     """The classes, in the order in which people count and spell."""
-    def digits_by_value(label: str) -> list[tuple[int, str]]:
-        pieces = [piece.lstrip("0") if piece.isdecimal() else piece
-                  for piece in re.split(r"(\d+)", label)]
-        return [*((len(piece) if piece.isdecimal() else -1, piece) for piece in pieces),
-                (-1, label)]
+    def digits_by_value(label: str) -> tuple[list[tuple[str, int, str]], str]:
+        pieces = re.findall(r"(\D*)0*(\d*)", label)
+        return [(text, len(digits), digits) for text, digits in pieces], label
 
     classes = sorted({one.label for one in found}, key=digits_by_value)
     if len(classes) < 2:

@@ -66,6 +66,12 @@ def test_pictures_in_folders_are_split_with_every_class_in_every_part(tmp_path):
     assert len({*raw.names[48:]} & {*again.names[50:]}) >= 10, "which moves few of the others"
 
 
+def test_classes_are_in_the_order_in_which_people_count():
+    names = ["2", "010", "a", "a0", "a1b", "a2", "a10", "b"]
+    found = [dld.SampleFile("", name, "", "") for name in reversed(names)]
+    assert dld.class_names("", found) == names
+
+
 def test_parts_that_somebody_named_are_kept_and_a_class_missing_in_one_shifts_no_label(tmp_path):
     parts = {"Train": (30, ("circle", "ring", "star")), "valid": (8, ("circle", "star")),
              "test": (9, ("ring", "star"))}
