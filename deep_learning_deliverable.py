@@ -3918,14 +3918,11 @@ def unpack(archive: Path, inside: str) -> None:
         with FileLock(archive.parent / f".{inside}.lock"), tempfile.TemporaryDirectory(
                 dir=archive.parent, prefix=".") as scratch, tarfile.open(archive) as tar:
             if not target.is_dir():  # else another run has unpacked it meanwhile
-                # Nothing may be written elsewhere; Python has a filter for it since 3.10.12.
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)
-                for member in [] if tar.extraction_filter else tar.getmembers():
-                    path = Path(member.name)
-                    if not (member.isfile() or member.isdir()) or path.is_absolute() or (
-                            ".." in path.parts):
-                        raise tarfile.TarError(f"{member.name!r} would be written elsewhere")
-                tar.extractall(scratch)
+                # Files of this folder alone, and no links: nothing may be written elsewhere.
+                files = (one for one in tar if one.isfile() and one.name.startswith(f"{inside}/")
+                         and ".." not in one.name)
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # since 3.10.12
+                tar.extractall(scratch, files)
                 os.replace(Path(scratch) / inside, target)
     except (OSError, tarfile.TarError, EOFError, zlib.error) as problem:
         raise DataError(f"cannot unpack {archive}: {problem}") from problem
