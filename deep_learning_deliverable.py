@@ -9011,40 +9011,31 @@ def guarded_protocol() -> Any:
     Each connection holds a file, and without one nobody can be answered.
     """
     from uvicorn.protocols.http.h11_impl import H11Protocol
-    waiting: dict[Any, Any] = {}  # connections that owe a head, oldest first: their last request
 
     class Guarded(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > MAX_CONNECTIONS and waiting:
-                next(iter(waiting)).leave()
-            self.expect_head(None)
+        def owes_head(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
 
-        def expect_head(self, done: Any) -> None:
-            waiting[self] = done
+        def connection_made(self, transport: Any) -> None:
+            connections: Any = self.connections  # all are of this class
+            waiting = [each for each in connections if each.owes_head()]
+            super().connection_made(transport)
+            self.deadline = self.loop.call_later(SECONDS_TO_SEND, self.leave)
+            if waiting and len(connections) > MAX_CONNECTIONS:
+                min(waiting, key=lambda each: each.deadline.when()).leave()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.deadline.cancel()
             self.deadline = self.loop.call_later(SECONDS_TO_SEND, self.leave)
 
         def leave(self) -> None:
-            if self in waiting:
-                del waiting[self]
+            if self.owes_head():
+                self.connections.discard(self)  # now: many may connect before it is lost
                 self.transport.abort()
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.cycle is not waiting.get(self):  # a head is complete: a request has begun
-                self.deadline.cancel()
-                waiting.pop(self, None)
-
-        def on_response_complete(self) -> None:
-            done = self.cycle
-            super().on_response_complete()
-            if self.cycle is done:  # else the next request has come already
-                self.deadline.cancel()
-                self.expect_head(done)
 
         def connection_lost(self, problem: Exception | None) -> None:
             self.deadline.cancel()
-            waiting.pop(self, None)
             super().connection_lost(problem)
 
     return Guarded
