@@ -8602,13 +8602,13 @@ class Standalone(nn.Module):
         return (logits / self.temperature).softmax(1)
 
 
-def synthetic_samples(ready: Predictor, n: int = 100) -> Samples:
-    """Samples to try an exported model on: noise and smooth pictures, or texts of all lengths."""
-    random, meta = np.random.default_rng(0), ready.meta
+def synthetic_samples(ready: Predictor) -> Samples:
+    """100 to try an exported model on: noise and smooth pictures, or texts of all lengths."""
+    random, meta, n = np.random.default_rng(0), ready.meta, 100
     if ready.kind is ImageData:
         side, channels = meta["side"], meta["channels"]
         noise = torch.tensor(random.random((n // 2, channels, side, side)))
-        coarse = torch.tensor(random.random((n - n // 2, channels, 3, 3)))
+        coarse = torch.tensor(random.random((n // 2, channels, 3, 3)))
         smooth = F.interpolate(coarse, side, mode="bilinear")
         return ready.pack(list(torch.cat((noise, smooth)).mul(255).byte().numpy()))
     words = np.array(meta["vocabulary"] or ["word"])
@@ -8620,14 +8620,12 @@ def exported_input(samples: Samples, rows: Tensor, meta: Meta) -> Tensor:
     """Some samples as an exported model takes them."""
     if isinstance(samples, ImageData):
         return samples.pixels[rows]
-    longest = longest_text(meta)
-    x = samples.batch(rows).long()[:, :longest]
-    return F.pad(x, (0, longest - x.shape[1]), value=PAD)
+    x = samples.batch(rows).long()
+    return F.pad(x, (0, longest_text(meta) - x.shape[1]), value=PAD)  # or cut, where that is < 0
 
 
-def trace_graph(ready: Predictor) -> Any:
+def trace_graph(ready: Predictor, x: Tensor) -> Any:
     """The whole way from samples to probabilities as a graph, for any number of samples."""
-    x = exported_input(synthetic_samples(ready, 3), torch.arange(3), ready.meta)
     free = {0: torch.export.Dim("batch", min=1, max=2**30)}  # torch 2.6 wants an end
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operation that other programs do not know
@@ -8638,33 +8636,26 @@ def trace_graph(ready: Predictor) -> Any:
     return graph
 
 
-def write_graph(form: str, graph: Any, path: Path, facts: Meta) -> None:
-    """The graph as a file, with its facts as metadata."""
+def save_graph(form: str, graph: Any, path: Path, facts: Meta) -> Callable[[Tensor], Tensor]:
+    """Write the graph, with its facts as metadata; the network as it is read from the file."""
     if form == "pt2":
         with path.open("wb") as file:
             torch.export.save(graph, file, extra_files={"metadata.json": json.dumps(facts)})
-        return
-    made: Any = torch.onnx.export(graph, (), dynamo=True, verbose=False,
-                                  input_names=[facts["input"]["name"]],
-                                  output_names=[facts["output"]["name"]])
-    made.model.metadata_props["metadata"] = json.dumps(facts)
-    made.save(path, external_data=False)
-
-
-def open_graph(form: str, path: Path) -> Callable[[Tensor], Tensor]:
-    """The network in such a file."""
-    if form == "pt2":
         with path.open("rb") as file:
             return torch.export.load(file).module()
     import onnxruntime
+    name = facts["input"]["name"]
+    made: Any = torch.onnx.export(graph, (), dynamo=True, verbose=False, input_names=[name],
+                                  output_names=[facts["output"]["name"]])
+    made.model.metadata_props["metadata"] = json.dumps(facts)
+    made.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-def export_facts(ready: Predictor) -> Meta:
-    """All that somebody needs who has nothing but the exported file."""
-    meta, x = ready.meta, exported_input(synthetic_samples(ready, 3), torch.arange(3), ready.meta)
+def export_facts(ready: Predictor, x: Tensor) -> Meta:
+    """All that somebody needs who has nothing but the exported file, which takes such `x`."""
+    meta = ready.meta
     if ready.kind is ImageData:  # as `read_picture` does it
         name, preparation = "pixels", {
             "side": meta["side"], "channels": meta["channels"], "resize": "bicubic",
@@ -8694,9 +8685,9 @@ def export_facts(ready: Predictor) -> Meta:
 
 
 @torch.no_grad()
-def largest_difference(ready: Predictor, network: Callable[[Tensor], Tensor]) -> float:
+def largest_difference(ready: Predictor, samples: Samples,
+                       network: Callable[[Tensor], Tensor]) -> float:
     """Between the probabilities of the run's own model and the exported one."""
-    samples = synthetic_samples(ready)
     # In batches of several sizes: a graph may have remembered the one it was traced with.
     batches = torch.arange(len(samples)).split([1, 2, 7, len(samples) - 10])
     found = torch.cat([network(exported_input(samples, rows, ready.meta)) for rows in batches])
@@ -8719,15 +8710,17 @@ def export(form: str, run: Path, given: Meta, log: Log) -> Path:
     refuse_settings(given, "export")
     require(f"--export {form}", *EXPORT_PACKAGES[form])
     ready = Predictor(run, start_machine(Config(device="cpu", precision="fp32")))
-    facts, path, off = export_facts(ready), run / f"model.{form}", math.inf
+    samples, path, off = synthetic_samples(ready), run / f"model.{form}", math.inf
+    x = exported_input(samples, torch.arange(3), ready.meta)
+    facts = export_facts(ready, x)
 
     def write(part: Path) -> None:
         nonlocal off
         part.touch()  # where nothing can be written, that is said at once
         try:
             with silenced():
-                write_graph(form, trace_graph(ready), part, facts)
-                off = largest_difference(ready, open_graph(form, part))
+                network = save_graph(form, trace_graph(ready, x), part, facts)
+                off = largest_difference(ready, samples, network)
         except Exception as problem:  # the libraries raise many kinds
             first, *_ = [*str(problem).strip().splitlines(), ""]
             raise Failure(f"--export {form}: {ready.meta['model']} cannot be exported with torch "
