@@ -8630,10 +8630,11 @@ def trace_graph(ready: Predictor, x: Tensor) -> Any:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # an operation that other programs do not know
     network = Standalone(ready).eval()
-    # A free length of texts would be unrolled to the length that is traced.
-    graph = torch.export.export(network, (x,), dynamic_shapes=(free,), strict=False)
-    torch.backends.mha.set_fastpath_enabled(fast)
-    return graph
+    try:
+        # A free length of texts would be unrolled to the length that is traced.
+        return torch.export.export(network, (x,), dynamic_shapes=(free,), strict=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def save_graph(form: str, graph: Any, path: Path, facts: Meta) -> Callable[[Tensor], Tensor]:
