@@ -8420,12 +8420,12 @@ class Predictor:
         which = f"\n{len(rows)} of the first {len(samples):,} inputs" * (len(rows) < len(samples))
         maps = self.kind.explain(self.model, samples.batch(rows), labels.to(self.machine.device))
         for method, strength in maps.items():
-            place = path.with_name(f"{path.name}-{method}")
+            place = path.with_name(f"{path.name}-{method}{'.png' if pictures else '.html'}")
             title = f"{self.run.name} · {self.meta['model']}\n{': '.join(EXPLANATIONS[method])}"
             title += f"\n{DOUBT}" * (method in self.doubted)
             samples.write_maps(rows, notes, [[label] for label in some["predicted"]],
                                strength[None], place, title + which)
-            written.append(place.with_suffix(".png" if pictures else ".html"))
+            written.append(place)
         return written
 
     def drift(self) -> str:

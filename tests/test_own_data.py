@@ -289,15 +289,15 @@ def test_a_folder_is_predicted_in_blocks_broken_ones_listed_and_explained(
     monkeypatch.chdir(own)
     monkeypatch.setattr(dld.Predictor.predict, "__defaults__", (64,))
     assert dld.main(["--predict", "shapes", "--run", "outputs/images-shapes", "--output",
-                     str(tmp_path / "p.csv"), "--explain", "--device", "cpu"]) == 0
-    rows = {row["name"].removeprefix("shapes/"): row for row in rows_of(tmp_path / "p.csv")}
+                     str(tmp_path / "p.1.csv"), "--explain", "--device", "cpu"]) == 0
+    rows = {row["name"].removeprefix("shapes/"): row for row in rows_of(tmp_path / "p.1.csv")}
     broken = [name for name, row in rows.items() if row["problem"]]
     assert len(rows) == 151 and broken == ["ring/broken.jpg"]
     for row in rows_of(own / "outputs/images-shapes/predictions.csv"):
         assert abs(float(rows[row["name"]]["p_ring"]) - float(row["p_ring"])) < 1e-4
     out = capsys.readouterr().out
     assert "150 predictions" in out and "broken.jpg: not a picture" in out and "none shown" in out
-    assert (tmp_path / "p-gradcam.png").stat().st_size > 10_000
+    assert (tmp_path / "p.1-gradcam.png").stat().st_size > 10_000
 
 
 def test_a_table_is_predicted_by_the_column_of_the_training_unless_one_is_named(own, tmp_path):
