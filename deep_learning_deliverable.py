@@ -8347,8 +8347,11 @@ class Predictor:
     """The model of a run, ready for new samples; needs nothing but its model.pt."""
 
     def __init__(self, run: Path, machine: Machine) -> None:
-        self.run, self.machine = run, machine
+        self.name, self.machine = clean_name(run.resolve().name), machine
         self.model, self.meta = load_model(run, machine)
+        self.metrics: Meta = {}
+        with contextlib.suppress(UsageError):  # only model.pt has to be there, and sound
+            self.metrics = read_json(run / "metrics.json")
         self.model.eval()
         self.kind, self.classes = SAMPLES[self.meta["kind"]], list(self.meta["classes"])
         self.problems: Skipped = []  # what could not be read
@@ -8357,10 +8360,9 @@ class Predictor:
     @functools.cached_property
     def doubted(self) -> list[str]:
         """The explanations that failed their test when the run was evaluated."""
-        with contextlib.suppress(UsageError, KeyError, TypeError):  # only model.pt has to be there
-            m = read_json(self.run / "metrics.json")
-            return [name for name in EXPLANATIONS
-                    if f"{name}_over_random" in m and not passes_test(m, name)]
+        with contextlib.suppress(KeyError, TypeError):  # anything can stand in a file
+            return [name for name in EXPLANATIONS if f"{name}_over_random" in self.metrics
+                    and not passes_test(self.metrics, name)]
         return []
 
     def pack(self, samples: Sequence[Any]) -> Samples:
@@ -8421,7 +8423,7 @@ class Predictor:
         maps = self.kind.explain(self.model, samples.batch(rows), labels.to(self.machine.device))
         for method, strength in maps.items():
             place = path.with_name(f"{path.name}-{method}{'.png' if pictures else '.html'}")
-            title = f"{self.run.name} · {self.meta['model']}\n{': '.join(EXPLANATIONS[method])}"
+            title = f"{self.name} · {self.meta['model']}\n{': '.join(EXPLANATIONS[method])}"
             title += f"\n{DOUBT}" * (method in self.doubted)
             samples.write_maps(rows, notes, [[label] for label in some["predicted"]],
                                strength[None], place, title + which)
@@ -8532,16 +8534,15 @@ def say_score(scores: list[pd.DataFrame]) -> list[str]:
         return (f"{right / len(some):.2%} of {plural(len(some), 'labelled sample')} "
                 f"({interval(*wilson(right, len(some)))}), macro-F1 {f1:.3f}")
 
-    seen = known["seen"]
-    fresh = known[~seen]
+    fresh = known[~known["seen"]]
     said = [f"Accuracy      {say(fresh)}"] if len(fresh) else []
-    if seen.any():
-        said.append(f"WARNING  the model was trained on {int(seen.sum()):,} of these, which say "
-                    f"nothing about new ones; with them: {say(known)}")
-    others = {*table["label"]} - {*known["label"], ""}
-    if others:
-        said.append(f"WARNING  {plural(int(table['label'].isin(others).sum()), 'sample')} of "
-                    f"classes that the model does not know: {shorten(sorted(others))}")
+    if seen := len(known) - len(fresh):
+        said.append(f"WARNING  the model was trained on {seen:,} of these, which say nothing about "
+                    f"new ones; with them: {say(known)}")
+    others = table[~table["known"] & (table["label"] != "")]
+    if len(others):
+        said.append(f"WARNING  {plural(len(others), 'sample')} of classes that the model does not "
+                    f"know: {shorten(sorted(others['label'].unique()))}")
     return said
 
 
@@ -8561,12 +8562,10 @@ def say_prediction(ready: Predictor, samples: Samples, row: int, found: Any) -> 
 def describe_run(ready: Predictor) -> Meta:
     """What a stranger should know: a visitor of the server, the owner of an exported file."""
     keys = ("task", "kind", "model", "dataset", "stand_in", "classes")
-    accuracy = None
-    with contextlib.suppress(UsageError):  # only model.pt has to be there, and sound
-        accuracy = read_json(ready.run / "metrics.json").get("test_accuracy")
+    accuracy = ready.metrics.get("test_accuracy")
     if not isinstance(accuracy, float) or not 0 <= accuracy <= 1:  # NaN too
         accuracy = None
-    return {"name": clean_name(ready.run.resolve().name), "test_accuracy": accuracy,
+    return {"name": ready.name, "test_accuracy": accuracy,
             **{key: ready.meta[key] for key in keys}}
 
 
@@ -8863,7 +8862,7 @@ async def read_body(request: Any) -> bytes:
 
 def read_sample(ready: Predictor, content: str, body: bytes) -> Any:
     """The sample in a request's body: a file as it is, or JSON."""
-    takes = f"{clean_name(ready.run.resolve().name)} takes {ready.kind.request}"
+    takes = f"{ready.name} takes {ready.kind.request}"
     sent: Any = body
     if content == "application/json":
         try:
@@ -8887,7 +8886,7 @@ def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -
     samples = ready.pack([read_sample(ready, content, body)])
     probs = ready.probabilities(samples)
     best, rounded = int(probs.argmax()), [round(share, 6) for share in probs[0].tolist()]
-    answer = {"run": clean_name(ready.run.resolve().name), "predicted": ready.classes[best],
+    answer = {"run": ready.name, "predicted": ready.classes[best],
               "confidence": rounded[best],
               "probabilities": dict(zip(ready.classes, rounded, strict=True))}
     if explain:
