@@ -8922,13 +8922,6 @@ async def predict_request(request: Any, predictors: dict[str, Predictor],
                                        explain == "1")
 
 
-def host_of(header: str) -> str:
-    """The name in a Host header, without port and brackets; nothing where there is none."""
-    with contextlib.suppress(ValueError):
-        return (urllib.parse.urlsplit(f"//{header}").hostname or "").rstrip(".")
-    return ""
-
-
 async def refuse_strangers(names: Sequence[str], request: Any, answer: Any) -> Any:
     """Do not answer what another site's page may send through the browser of somebody here.
 
@@ -8937,7 +8930,9 @@ async def refuse_strangers(names: Sequence[str], request: Any, answer: Any) -> A
     """
     from fastapi.responses import JSONResponse
     host, origin = request.headers.get("host", ""), request.headers.get("origin")
-    asked, known = host_of(host), ", ".join(dict.fromkeys(names)) or "requests with a Host"
+    asked, known = "", ", ".join(dict.fromkeys(names)) or "requests with a Host"
+    with contextlib.suppress(ValueError):  # without port and brackets
+        asked = (urllib.parse.urlsplit(f"//{host}").hostname or "").rstrip(".")
     if not asked or (names and asked not in names):
         said = f"this server answers to {known} alone; start it with --host NAME for another"
         return JSONResponse({"error": said}, 421)
@@ -8992,8 +8987,7 @@ def build_app(predictors: dict[str, Predictor], log: Log, names: Sequence[str] =
         Route("/", show_page), Route("/health", lambda request: JSONResponse(health)),
         Route("/metrics", show_metrics), Route("/predict", show_answer, methods=["POST"])]
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, routes=routes,
-                  exception_handlers={HTTPException: refuse})
-    app.router.redirect_slashes = False
+                  redirect_slashes=False, exception_handlers={HTTPException: refuse})
     app.middleware("http")(functools.partial(refuse_strangers, names))
     return app
 
