@@ -8555,7 +8555,8 @@ def say_prediction(ready: Predictor, samples: Samples, row: int, found: Any) -> 
     name = " ".join(name.split()) or "(empty)"
     name = name if len(name) < 72 else f"{name[:35]} … {name[-34:]}"
     hint = samples.prediction_note(ready.model, row)
-    line = f"{first:20} {'(' + ', '.join(others) + ')':34} {name}"
+    rest = f"({', '.join(others)})" * bool(others)  # of more than 100 classes none is known
+    line = f"{first:20} {rest:34} {name}"
     return f"{line}\n{'':20} {hint}" if hint else line
 
 

@@ -1,6 +1,7 @@
 """What is handed in beside the page: front matter, tables, references; several seeds; warnings."""
 import re
 import shutil
+import types
 
 import numpy as np
 import pandas as pd
@@ -128,6 +129,12 @@ def test_of_many_predictions_the_screen_shows_twenty(finished, tmp_path, capsys)
     out = capsys.readouterr().out
     assert len(re.findall(r"^(positive|negative) ", out, re.M)) == 20
     assert "... and 13 more; --output predictions.csv writes all of them" in out
+
+
+def test_of_more_than_100_classes_the_best_alone_is_said():
+    none = types.SimpleNamespace(model=None, prediction_note=lambda model, row: "")
+    found = pd.Series({"name": "a.png", "predicted": "cat", "confidence": 0.5})
+    assert dld.say_prediction(none, none, 0, found).split() == ["cat", "50.0%", "a.png"]
 
 
 def test_few_pictures_of_ones_own_end_with_a_hint_unless_it_is_taken():
