@@ -8352,7 +8352,6 @@ class Predictor:
         self.metrics: Meta = {}
         with contextlib.suppress(UsageError):  # only model.pt has to be there, and sound
             self.metrics = read_json(run / "metrics.json")
-        self.model.eval()
         self.kind, self.classes = SAMPLES[self.meta["kind"]], list(self.meta["classes"])
         self.problems: Skipped = []  # what could not be read
         self.seen: dict[str, list[Tensor]] = defaultdict(list)  # statistics, for the drift
@@ -8706,7 +8705,7 @@ def silenced() -> Iterator[None]:
         yield
 
 
-def export(form: str, run: Path, given: Meta, log: Log) -> Path:
+def export(form: str, run: Path, given: Meta, log: Log) -> None:
     """The run's model as a file for other programs, kept only if it predicts the same."""
     refuse_settings(given, "export")
     require(f"--export {form}", *EXPORT_PACKAGES[form])
@@ -8741,7 +8740,6 @@ def export(form: str, run: Path, given: Meta, log: Log) -> Path:
         name, kind, shape = facts[key].values()
         log(f"{key.title():13} {name}: {kind} [{', '.join(map(str, shape))}]")
     log("Metadata      classes, and how samples are prepared, in the file")
-    return path
 
 
 # -- serving -------------------------------------------------------------------------------------
@@ -8887,8 +8885,7 @@ def answer_request(ready: Predictor, content: str, body: bytes, explain: bool) -
     samples = ready.pack([read_sample(ready, content, body)])
     probs = ready.probabilities(samples)
     best, rounded = int(probs.argmax()), [round(share, 6) for share in probs[0].tolist()]
-    answer = {"run": ready.name, "predicted": ready.classes[best],
-              "confidence": rounded[best],
+    answer = {"run": ready.name, "predicted": ready.classes[best], "confidence": rounded[best],
               "probabilities": dict(zip(ready.classes, rounded, strict=True))}
     if explain:
         label = torch.tensor([best], device=ready.machine.device)
