@@ -8639,16 +8639,16 @@ def trace_graph(ready: Predictor, x: Tensor) -> Any:
 def save_graph(form: str, graph: Any, path: Path, facts: Meta) -> Callable[[Tensor], Tensor]:
     """Write the graph, with its facts as metadata; the network as it is read from the file."""
     if form == "pt2":
-        with path.open("wb") as file:
-            torch.export.save(graph, file, extra_files={"metadata.json": json.dumps(facts)})
-        with path.open("rb") as file:
-            return torch.export.load(file).module()
+        made = io.BytesIO()  # where the disk is full, torch would end the process
+        torch.export.save(graph, made, extra_files={"metadata.json": json.dumps(facts)})
+        path.write_bytes(made.getvalue())
+        return torch.export.load(io.BytesIO(path.read_bytes())).module()
     import onnxruntime
     name = facts["input"]["name"]
-    made: Any = torch.onnx.export(graph, (), dynamo=True, verbose=False, input_names=[name],
-                                  output_names=[facts["output"]["name"]])
-    made.model.metadata_props["metadata"] = json.dumps(facts)
-    made.save(path, external_data=False)
+    program: Any = torch.onnx.export(graph, (), dynamo=True, verbose=False, input_names=[name],
+                                     output_names=[facts["output"]["name"]])
+    program.model.metadata_props["metadata"] = json.dumps(facts)
+    program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -8721,6 +8721,8 @@ def export(form: str, run: Path, given: Meta, log: Log) -> None:
             with silenced():
                 network = save_graph(form, trace_graph(ready, x), part, facts)
                 off = largest_difference(ready, samples, network)
+        except OSError:  # as of a full disk
+            raise
         except Exception as problem:  # the libraries raise many kinds
             first, *_ = [*str(problem).strip().splitlines(), ""]
             raise Failure(f"--export {form}: {ready.meta['model']} cannot be exported with torch "

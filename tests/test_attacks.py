@@ -369,6 +369,15 @@ def test_a_disk_that_fills_costs_what_does_not_fit_alone(tmp_path, monkeypatch, 
     assert (run / "model.pt").exists() and metrics_of(run)["status"] == "finished"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_an_export_that_does_not_fit_the_disk_is_one_line(finished, capsys):
+    run = finished["mnist"]
+    with room_for_files_of(100_000):  # torch, writing the file itself, would end the process
+        out = said(capsys, "--export", "pt2", "--run", run, code=1)
+    assert out.startswith("error: cannot write") and out.count("\n") == 1
+    assert not [*run.glob(".*.part")]
+
+
 def test_a_folder_that_vanishes_is_made_again(tmp_path, monkeypatch, undrawn, capsys):
     monkeypatch.chdir(tmp_path)
     run, usual = tmp_path / "outputs" / "mnist-offline-digits", dld.log_epoch
