@@ -8787,14 +8787,11 @@ TEMPLATES["served"] = """{% extends "page" %}{% block body %}
 "use strict";
 const $ = id => document.getElementById(id);
 const percent = share => (100 * share).toFixed(1) + "%";
-function fail(sentence) {
-  $("error").textContent = sentence;
-  $("error").hidden = false;
-  $("result").hidden = true;
-}
 function present(answer) {
-  $("error").hidden = true;
-  $("result").hidden = false;
+  $("error").textContent = answer.error;
+  $("error").hidden = !answer.error;
+  $("result").hidden = !$("error").hidden;
+  if (answer.error) return;
   $("verdict").textContent = answer.predicted + ", " + percent(answer.confidence);
   $("method").textContent = answer.method;
   $("bars").replaceChildren();
@@ -8814,17 +8811,16 @@ function present(answer) {
     $("words").append(mark, " ");
   });
 }
-async function predict(body, type) {
+function predict(body, type) {
   const request = {method: "POST", headers: {"Content-Type": type}, body};
-  const answer = await fetch("predict?explain=1&run={{ run.name|urlencode }}", request)
-    .then(reply => reply.json()).catch(() => ({error: "the server does not answer"}));
-  answer.error ? fail(answer.error) : present(answer);
+  fetch("predict?explain=1&run={{ run.name|urlencode }}", request).then(reply => reply.json())
+    .catch(() => ({error: "the server does not answer"})).then(present);
 }
 $("run").onchange = () => { location.search = "run=" + encodeURIComponent($("run").value); };
 {% if run.kind == "image" %}
 const send = files => {
   if (files.length && files[0].size < {{ most }}) predict(files[0], "application/octet-stream");
-  else if (files.length) fail("this file is larger than 16 MB");
+  else if (files.length) present({error: "this file is larger than 16 MB"});
 };
 $("file").onchange = () => send($("file").files);
 document.onpaste = event => send(event.clipboardData.files);
