@@ -313,20 +313,24 @@ class Config:
     dry_run: bool = setting(False, "every stage on a handful of samples, in seconds")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
         for each in dataclasses.fields(self):
-            if hints[each.name] is float and type(getattr(self, each.name)) is int:
-                object.__setattr__(self, each.name, float(getattr(self, each.name)))
-            check_setting(flag_name(each.name), getattr(self, each.name), hints[each.name],
-                          each.metadata)
+            value, kind = getattr(self, each.name), type(each.default)
+            if kind is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, each.name, value)
+            check_setting(flag_name(each.name), value, kind, each.metadata)
+        for one, other, why in (
+                ("budget", "steps", "either ends the training"),
+                ("init", "pretrained", "weights come from one place"),
+                ("folds", "budget", "the last training has no validation part"),
+                ("folds", "patience", "the last training has no validation part")):
+            if getattr(self, one) and getattr(self, other):
+                raise UsageError(f"--{one} and --{other} cannot be combined: {why}")
         if self.mirror and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", self.mirror):
             raise UsageError(f"--mirror {self.mirror}: give an address that begins with http:// or "
                              "https://")
         if self.budget:
             parse_seconds(self.budget)
-            if self.steps:
-                raise UsageError("--budget and --steps cannot be combined: either ends the "
-                                 "training")
         if self.steps:
             parse_steps(self.steps)
         parse_seconds(self.checkpoint_every, "--checkpoint-every")
@@ -335,10 +339,6 @@ class Config:
                              "pictures' own)")
         if self.folds == 1:
             raise UsageError("--folds 1: cross-validation needs at least 2 folds (0: none)")
-        for flag, meant in (("--budget", self.budget), ("--patience", self.patience)):
-            if self.folds and meant:
-                raise UsageError(f"--folds and {flag} cannot be combined: the last training has no "
-                                 "validation part")
 
     @property
     def data_path(self) -> Path:
@@ -351,10 +351,10 @@ def check_setting(flag: str, value: Any, kind: type, rules: Any) -> None:
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         wanted = {int: "a whole number", float: "a finite number", bool: "true or false"}
         raise UsageError(f"{flag} takes {wanted.get(kind, 'a text')}, got {value!r}")
-    if "choices" in rules and value not in rules["choices"]:
-        known = rules["choices"]
-        raise UsageError(f"{flag} {value}: choose from {', '.join(known)}"
-                         f"{nearest(str(value), known)}")
+    choices = rules.get("choices")
+    if choices and value not in choices:
+        raise UsageError(f"{flag} {value}: choose from {', '.join(choices)}"
+                         f"{nearest(str(value), choices)}")
     if value < rules.get("low", value) or value > rules.get("high", value):
         bounds = f"at least {rules['low']}"
         bounds += f" and at most {rules['high']}" if "high" in rules else ""
@@ -434,8 +434,6 @@ def resolve_config(given: dict[str, Any], saved: dict[str, Any] | None = None, *
                          f"{nearest(name, [*TASKS, 'all'])}")
     task = TASKS[name]
     known = {**task.defaults, **saved, **given}
-    if known.get("init") and known.get("pretrained"):
-        raise UsageError("--init and --pretrained cannot be combined: weights come from one place")
     fixed = settings_of_init(str(known["init"]), task, given) if known.get("init") else {}
     model = str({**known, **fixed}["model"])
     recipe = RECIPES.get(model, RECIPES[""])
