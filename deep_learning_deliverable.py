@@ -9580,31 +9580,19 @@ FLAG_JOBS = {"run": ("predict", "evaluate", "serve", "export"), "output": ("pred
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but errors become UsageError, and its help is short unless all is asked for."""
+    """argparse, but errors become UsageError."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message} (--help-all lists every flag)")
 
-    def shorten(self) -> None:
-        """Leave out of the help what few people need."""
-        for action in self._actions:
-            if action.dest not in COMMON:
-                action.help = argparse.SUPPRESS
 
+def build_parser(help_all: bool = True) -> Parser:
+    """Flags derived from Config's fields, and those that say what to do; the help names them all.
 
-class Help(argparse.Action):
-    """--help and --help-all."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        if self.dest == "help":
-            parser.shorten()
-        parser.print_help()
-        parser.exit()
-
-
-def build_parser() -> Parser:
-    """Flags derived from Config's fields, and those that say what to do."""
+    Without `help_all` it leaves out what few people need.
+    """
     parser = Parser(prog=Path(__file__).name, allow_abbrev=False, add_help=False,
+                    argument_default=argparse.SUPPRESS,  # so that what is there was asked for
                     formatter_class=argparse.RawDescriptionHelpFormatter,
                     usage="%(prog)s [--task TASK] [flags]",
                     # Without the command itself the examples fit 80 columns.
@@ -9613,23 +9601,23 @@ def build_parser() -> Parser:
     by_task = {key for task in TASKS.values() for key in (*task.defaults, *task.offline_defaults)}
     by_task |= {key for recipe in RECIPES.values() for key in recipe}
     # A setting is typed once, in Config: its flag, help, type and checks all follow from there.
-    hints, group = typing.get_type_hints(Config), None
     for each in dataclasses.fields(Config):
         if each.name in FLAG_GROUPS:
             group = parser.add_argument_group(FLAG_GROUPS[each.name])
+        kind = type(each.default)
         default = "by task" if each.name in by_task else each.default
         text = each.metadata["help"].format(tasks=", ".join(TASKS))
         if each.name in ("optimizer", "schedule", "device", "precision"):
             text += f": {', '.join(each.metadata['choices'])}"
         text += "" if default in ("", False) else f" (default: {default})"
-        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
-        if hints[each.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
-        else:
-            options |= {"type": hints[each.name], "metavar": each.name.split("_")[-1].upper()}
-        assert group
-        group.add_argument(flag_name(each.name), **options)
+        options: dict[str, Any] = {"type": kind, "metavar": each.name.split("_")[-1].upper()}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction if default else "store_true"}
+        group.add_argument(flag_name(each.name), help=text.replace("%", "%%"), **options)
     add_jobs(parser.add_argument_group("instead of one training, and with a finished one"))
+    for action in parser._actions:
+        if not (help_all or action.dest in COMMON):
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -9660,14 +9648,13 @@ def add_jobs(group: Any) -> None:
     add("--config", type=Path, metavar="FILE", help="repeat a run from its config.json")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"deep_learning_deliverable {VERSION}")
-    add("--help", "-h", action=Help, nargs=0, default=argparse.SUPPRESS,
-        help="this, with the flags that most people need")
-    add("--help-all", action=Help, nargs=0, default=argparse.SUPPRESS, help="every flag")
+    add("--help", "-h", action="help", help="this, with the flags that most people need")
+    add("--help-all", action="help", help="every flag")
 
 
-def parse_job(argv: list[str]) -> tuple[str, argparse.Namespace]:
+def parse_job(argv: list[str]) -> tuple[str, dict[str, Any]]:
     """What is asked for, refused where flags do not go together."""
-    parser = build_parser()
+    parser = build_parser("--help-all" in argv)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         word, flags = unknown[0], [flag for each in parser._actions for flag in each.option_strings]
@@ -9675,7 +9662,7 @@ def parse_job(argv: list[str]) -> tuple[str, argparse.Namespace]:
                  " (did you mean --task?)" if word in ("train", "fit") else
                  nearest("--" + word.lstrip("-"), flags))
         raise UsageError(f"unknown argument {word}{meant} (--help-all lists every flag)")
-    asked = {name for name, value in vars(args).items() if value is not None and value is not False}
+    asked = vars(args)
     jobs = [name for name in JOBS if name in asked]
     if len(jobs) > 1:
         raise UsageError(f"{' and '.join(map(flag_name, jobs))} cannot be combined")
@@ -9683,44 +9670,46 @@ def parse_job(argv: list[str]) -> tuple[str, argparse.Namespace]:
     for name, owners in FLAG_JOBS.items():
         if name in asked and job not in owners:
             raise UsageError(f"{flag_name(name)} needs {' or '.join(map(flag_name, owners))}")
-    if job in FLAG_JOBS["run"] and not args.run:
+    if job in FLAG_JOBS["run"] and "run" not in asked:
         raise UsageError(f"{flag_name(job)} needs --run RUN, for example --run outputs/cifar10")
-    if args.run and len(args.run) > 1 and job != "serve":
-        raise UsageError(f"{flag_name(job)} takes one --run, not {len(args.run)}")
-    return job, args
+    if job != "serve" and (runs := len(asked.get("run", []))) > 1:
+        raise UsageError(f"{flag_name(job)} takes one --run, not {runs}")
+    return job, asked
 
 
 def run_command(argv: list[str], log: Log) -> None:
     """Do what the flags ask for."""
-    job, args = parse_job(argv)
-    given = {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)}
-    run = args.run[0] if args.run else Path()
+    job, asked = parse_job(argv)
+    given = {name: asked[name] for name in SETTINGS if name in asked}
+    run = asked.get("run", [Path()])[0]
     if job == "predict":
-        predict(args.predict, run, given, log, args.output, args.explain)
+        predict(asked["predict"], run, given, log, asked.get("output"), "explain" in asked)
     elif job == "evaluate":
         evaluate(run, given, log)
     elif job == "export":
-        export(args.export, run, given, log)
+        export(asked["export"], run, given, log)
     elif job == "serve":
-        where = {name: getattr(args, name) for name in ("host", "port")}
-        serve(args.run, given, log, **{k: v for k, v in where.items() if v is not None})
+        where = {name: asked[name] for name in ("host", "port") if name in asked}
+        serve(asked["run"], given, log, **where)
     elif job == "compare":
-        compare(args.compare, given, log)
+        compare(asked["compare"], given, log)
     elif job == "search":
-        search(args.search, args.storage, given, log)
+        search(asked["search"], asked.get("storage"), given, log)
     elif job == "seeds":
-        train_seeds(args.seeds, given, log)
+        train_seeds(asked["seeds"], given, log)
     elif given.get("task") == "all" and not job:
         train_all(given, log)
     else:
-        if args.resume:
-            resume(args.resume, given, log)
-        folder = args.resume or train_run(given, log, read_config(args.config) if args.config
-                                          else None)
+        if job == "resume":
+            folder = asked["resume"]
+            resume(folder, given, log)
+        else:
+            saved = read_config(asked["config"]) if job == "config" else None
+            folder = train_run(given, log, saved)
         if in_notebook():
             from IPython.display import display
             display(Result(folder))
-    if job in ("predict", "evaluate", "compare") and not args.output and log.unsaid and not (
+    if job in ("predict", "evaluate", "compare") and "output" not in asked and log.unsaid and not (
             isinstance(log.unsaid, BrokenPipeError)):  # a reader that has seen enough
         raise Failure(f"cannot write to the screen: {log.unsaid.strerror}")
 
