@@ -448,7 +448,7 @@ def resolve_config(given: dict[str, Any], saved: dict[str, Any] | None = None, *
     if given.get("steps") and "epochs" in given:
         raise UsageError("--steps and --epochs cannot be combined: either ends the training")
     dry: dict[str, Any] = {"epochs": 1, "limit": 64} if given.get("dry_run") else {}
-    if "epochs" in given:
+    if dry or given.get("budget") or "epochs" in given:
         dry["steps"] = ""  # what a saved run had
     config = Config(**{**defaults, **saved, **dry, **given})
     check_source(config, task)

@@ -281,6 +281,13 @@ def test_half_written_files_are_never_seen(tmp_path):
 SPEED = dld.SpeedEstimate(dld.Config(), step=0.05, predict=1e-4, figure=0.1)
 
 
+def test_a_time_or_length_that_is_given_replaces_the_steps_of_a_repeated_run():
+    saved = {"task": "mnist", "steps": "0:500", "epochs": 9}
+    for given in ({"budget": "30s"}, {"epochs": 2}, {"dry_run": True}):
+        assert dld.resolve_config(given, saved).steps == ""
+    assert dld.resolve_config({"lr": 0.1}, saved).steps == "0:500"
+
+
 def test_a_larger_budget_buys_a_higher_rung_and_flags_given_stay(digits, monkeypatch):
     monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others, **more: (
         dataclasses.replace(SPEED, config=config)))
