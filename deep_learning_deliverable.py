@@ -9670,6 +9670,8 @@ def parse_job(argv: list[str]) -> tuple[str, dict[str, Any]]:
     for name, owners in FLAG_JOBS.items():
         if name in asked and job not in owners:
             raise UsageError(f"{flag_name(name)} needs {' or '.join(map(flag_name, owners))}")
+    if job == "config" and asked.get("task") == "all":
+        raise UsageError("--config repeats a run of one task, not all")
     if job in FLAG_JOBS["run"] and "run" not in asked:
         raise UsageError(f"{flag_name(job)} needs --run RUN, for example --run outputs/cifar10")
     if job != "serve" and (runs := len(asked.get("run", []))) > 1:

@@ -41,6 +41,7 @@ FLAGS = [
     (f"{MNIST} --batch-size 1", "at least 2 samples a step are needed here"),
     ("--mirror ftp://x/y", "--mirror ftp://x/y: give an address that begins with http"),
     ("--evaluate --resume x", "--evaluate and --resume cannot be combined"),
+    ("--config x.json --task all", "--config repeats a run of one task, not all"),
     ("--predict x.png", "--predict needs --run RUN"),
     ("--run outputs/x", "--run needs --predict or --evaluate or --serve or --export"),
     ("--serve --run a/x b/x", "a folder name of its own"),
