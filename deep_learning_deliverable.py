@@ -857,7 +857,8 @@ class BiLSTM(nn.Module):
         mirrored = torch.where(place < length, length - 1 - place, place)  # [B, T]
 
         def reverse(h: Tensor) -> Tensor:
-            if not h.requires_grad:  # what is exported must be made of usual operations
+            # What is exported must be made of usual operations, which take ten times as long.
+            if torch.compiler.is_compiling() and not h.requires_grad:
                 return h.gather(1, mirrored.unsqueeze(-1).expand_as(h))
             first = torch.arange(len(h), device=h.device).unsqueeze(1) * h.shape[1]
             return ReverseTexts.apply(h, (first + mirrored).flatten())
