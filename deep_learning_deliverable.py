@@ -275,8 +275,7 @@ class Config:
     batch_size: int = setting(128, "samples a step", low=1, high=1_000_000_000)
     lr: float = setting(2e-3, "highest learning rate", low=1e-9)
     schedule: str = setting("cosine", "how the learning rate moves after a warm-up; linear has no "
-                                      "warm-up",
-                            choices=("cosine", "onecycle", "linear", "constant"))
+                            "warm-up", choices=("cosine", "onecycle", "linear", "constant"))
     weight_decay: float = setting(0.01, "AdamW's, on weights only: not on biases and norms", low=0)
     class_weights: str = setting("none", "balanced: each class counts alike, however rare",
                                  choices=("none", "balanced"))
@@ -699,8 +698,7 @@ class Wide(nn.Module):
 
 def spread(gain: Tensor, words: int) -> Tensor:  # [B, T] -> the same
     """What phrases of so many words gained, noted at their last word: an equal share to each."""
-    return sum((F.pad(gain, (0, back))[:, back:] for back in range(words)),
-               torch.zeros_like(gain)) / words
+    return F.avg_pool1d(F.pad(gain, (0, words - 1)), words, 1)
 
 
 class TextNet(nn.Module):
@@ -1019,7 +1017,6 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def sync_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
     """Let batch norm see the batch of all processes, so that their number changes nothing."""
-    # A batch norm of each process's own shard would make the result depend on their number.
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
@@ -9576,8 +9573,9 @@ JOBS = ("predict", "evaluate", "serve", "export", "compare", "resume", "config",
 COMMON = ("task", "data", "data_dir", "model", "budget", "epochs", "device", "title", "author",
           "course", "output_dir", "predict", "run", "output", "compare", "resume", "seeds", "serve",
           "help", "help_all")
-FLAG_JOBS = {"run": ("predict", "evaluate", "serve", "export"), "output": ("predict",),
-         "explain": ("predict",), "port": ("serve",), "host": ("serve",), "storage": ("search",)}
+FLAG_JOBS = {"run": ("predict", "evaluate", "serve", "export"),
+             "output": ("predict",), "explain": ("predict",),
+             "port": ("serve",), "host": ("serve",), "storage": ("search",)}
 
 
 class Parser(argparse.ArgumentParser):
