@@ -823,7 +823,7 @@ class ReverseTexts(torch.autograd.Function):
         return grad.flatten(0, 1).index_select(0, ctx.rows).view_as(grad), None
 
 
-def beside(one: nn.LSTM, two: nn.LSTM) -> list[Tensor]:
+def beside(one: nn.Module, two: nn.Module) -> list[Tensor]:
     """The weights of an LSTM whose first units are those of `one` and whose others are of `two`."""
     found = []
     for pair in zip(one.parameters(), two.parameters(), strict=True):
@@ -845,7 +845,7 @@ class BiLSTM(nn.Module):
     # 128 units were no better than 64, and 2.4 times slower.
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        sizes = (WORD_DIM + PAIR_DIM, 2 * width)
+        self.width, sizes = width, (WORD_DIM + PAIR_DIM, 2 * width)
         self.ahead = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in sizes)
         self.back = nn.ModuleList(nn.LSTM(size, width, batch_first=True) for size in sizes)
         self.drop = FeatureDropout(dropout)
@@ -866,15 +866,12 @@ class BiLSTM(nn.Module):
         full_precision = torch.is_autocast_enabled(kind) and (
             torch.get_autocast_dtype(kind) == torch.bfloat16 if kind == "cuda"
             else not cpu_lstm_runs_in(torch.get_autocast_dtype(kind)))
-        with (torch.autocast(kind, enabled=False) if full_precision
-              else contextlib.nullcontext()):
+        with torch.autocast(kind, enabled=False) if full_precision else contextlib.nullcontext():
             h = h.float() if full_precision else h
-            ahead: Any
-            back: Any
             for layer, (ahead, back) in enumerate(zip(self.ahead, self.back, strict=True)):
                 h = self.drop(h) if layer else h
                 if kind == "cuda":  # where time goes by words one after another
-                    start = h.new_zeros(1, len(h), 2 * ahead.hidden_size)
+                    start = h.new_zeros(1, len(h), 2 * self.width)
                     # cuDNN has a gradient only of what ran for training.
                     found = torch.lstm(torch.cat((h, reverse(h)), -1), (start, start),
                                        beside(ahead, back), True, 1, 0.0, torch.is_grad_enabled(),
