@@ -7364,19 +7364,19 @@ def check_room(place: Path) -> None:
 
 def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
     """Make wanted, or wanted-2, -3 ...: the first that does not exist; nothing is overwritten."""
-    try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            end = f"-{number}" if number > 1 else ""
-            path = wanted.with_name(f"{wanted.stem}{end}{wanted.suffix}")
+    path, number = wanted, 1
+    while True:
+        try:
+            wanted.parent.mkdir(parents=True, exist_ok=True)
             # Made at once, not looked for first: two runs may start together.
-            with contextlib.suppress(FileExistsError):
-                make(path)
-                return path
-        raise AssertionError
-    except OSError as problem:
-        raise Failure(f"cannot write {wanted}: {problem.strerror}; try another --output-dir"
-                      ) from problem
+            make(path)
+            return path
+        except OSError as problem:
+            if not os.path.lexists(path):
+                raise Failure(f"cannot write {wanted}: {problem.strerror}; try another "
+                              "--output-dir") from problem
+        number += 1
+        path = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}")
 
 
 def make_run_folder(path: Path, config: Config) -> None:
@@ -7388,10 +7388,6 @@ def make_run_folder(path: Path, config: Config) -> None:
     try:
         write_json(scratch / "config.json", dataclasses.asdict(config))
         scratch.rename(path)
-    except OSError:
-        if path.exists():  # another run was quicker
-            raise FileExistsError from None
-        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
