@@ -7541,11 +7541,10 @@ def describe_with_figures(folder: Path, model: nn.Module, evaluation: Evaluation
     """Figures of the data and of the network."""
     data, title, name = evaluation.data, evaluation.title, evaluation.data.name
     samples, classes, rows = data.samples, evaluation.classes, data.parts["train"]
-    counts = {part: data.labels[data.parts[part]].bincount(minlength=len(classes)).numpy()
-              for part in PARTS}
-    order = np.argsort(-counts["train"], kind="stable")[:40]
-    parts = zip(PART_TITLES, counts.values(), strict=True)
-    plot_balance({part: some[order] for part, some in parts}, [classes[i] for i in order],
+    counts = {title: data.labels[data.parts[part]].bincount(minlength=len(classes)).numpy()
+              for part, title in zip(PARTS, PART_TITLES, strict=True)}
+    order = np.argsort(-counts["training"], kind="stable")[:40]
+    plot_balance({part: some[order] for part, some in counts.items()}, [classes[i] for i in order],
                  folder / "class_balance.png", f"{name}\nsamples of each class"
                  + ": the 40 largest" * (len(classes) > 40))
     random = torch.Generator().manual_seed(4)
@@ -7562,14 +7561,12 @@ def describe_with_figures(folder: Path, model: nn.Module, evaluation: Evaluation
         plot_lengths(samples.length[rows].numpy(), data.meta["max_tokens"],
                      folder / "text_lengths.png", f"{name}\nwords of a training text")
     else:
-        row = int(evaluation.rows[evaluation.random_rows(1, seed=5)])
-        maps = feature_maps(model, samples.batch(torch.tensor([row])))
-        shown = [(picture, Verdict(caption)) for layer, some in maps.items()
-                 for picture, caption in ((samples.show(row), layer.replace(" ", "\n")), *(
-                     (as_grey(each), f"map {i}") for i, each in enumerate(some, 1)))]
-        if shown:
-            pictures, captions = zip(*shown, strict=True)
-            plot_pictures(pictures, captions, folder / "feature_maps.png",
+        row, pictures, captions = evaluation.rows[evaluation.random_rows(1, seed=5)], [], []
+        for layer, maps in feature_maps(model, samples.batch(row)).items():
+            pictures += [samples.show(int(row)), *map(as_grey, maps)]
+            captions += [layer.replace(" ", "\n"), *(f"map {i + 1}" for i in range(len(maps)))]
+        if pictures:
+            plot_pictures(pictures, [*map(Verdict, captions)], folder / "feature_maps.png",
                           f"{name} · {data.meta['model']}\nfeature maps of a test picture")
     if len(evaluation.layers):
         given = "words" if x.ndim == 2 else " x ".join(map(str, x.shape[1:]))
