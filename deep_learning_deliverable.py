@@ -9163,20 +9163,18 @@ class Search:
         if state.epoch < self.config.epochs and (lags or left < state.seconds / state.epoch):
             raise optuna.TrialPruned
 
-    def trials(self, study: Any) -> pd.DataFrame:
-        """A trial a row, those of other processes too."""
+    def write(self, study: Any) -> pd.DataFrame:
+        """What the folder keeps should this process be killed.
+
+        Returns a trial a row, those of other processes too.
+        """
         table = study.trials_dataframe(("number", "value", "state", "params", "user_attrs"))
         table.columns = [re.sub("^(params|user_attrs)_", "", name) for name in table.columns]
-        columns = ["number", "state", "val_accuracy", "val_loss", "seconds", "default",
-                   *self.space, "reason", "right", "value"]
-        table = table.reindex(columns=columns)
-        state = table["state"].str.lower().mask(table["reason"].notna(), "failed")
-        return table.assign(number=table["number"] + 1, state=state,
-                            default=table["default"].eq(True).astype(int))
-
-    def write(self, study: Any) -> pd.DataFrame:
-        """What the folder keeps should this process be killed; returns the trials."""
-        table = self.trials(study)
+        table = table.reindex(columns=["number", "state", "val_accuracy", "val_loss", "seconds",
+                                       "default", *self.space, "reason", "right", "value"])
+        table["number"] += 1
+        table["state"] = table["state"].str.lower().mask(table["reason"].notna(), "failed")
+        table["default"] = table["default"].eq(True).astype(int)
         write_csv(self.folder / "trials.csv", table.drop(columns=["right", "value"]))
         done = table[table["state"] == "complete"]
         if len(done):
