@@ -7906,7 +7906,6 @@ def train_and_report(run: Run) -> None:
         report_what_there_is(run, "given up" if isinstance(problem, Diverged) else "interrupted")
         raise
     finally:
-        interrupt.deferring = False
         if status != "finished" and (interrupt.requested or interrupt.raised):
             status = "interrupted"
         run.metrics["status"] = status
