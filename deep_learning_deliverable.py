@@ -8082,14 +8082,12 @@ def predict_test(model: nn.Module, data: Dataset, machine: Machine
     rows = data.parts["test"]
     if not (isinstance(model, TextNet) and model.wide is not None):
         return predict_logits(model, data.samples, rows, machine), {}
-    apart = Apart(model)
-    both = predict_logits(apart, data.samples, rows, machine).view(len(rows), 2, -1)
+    both = predict_logits(Apart(model), data.samples, rows, machine).view(len(rows), 2, -1)
     both = both * model.shares.cpu().view(2, 1)
     logits, y = both.sum(1), data.labels[rows]
     predicted = logits.argmax(1)
     # How far each part puts the predicted class before the others.
-    lead = (both.gather(2, predicted.view(-1, 1, 1).expand(-1, 2, 1))[..., 0]
-            - both.mean(2)).abs().sum(0)
+    lead = (both[range(len(rows)), :, predicted] - both.mean(2)).abs().sum(0)
     m = {"deep_share": float(lead[0] / lead.sum().clamp(min=1e-9))}
     for name, each in zip(("deep", "wide"), both.unbind(1), strict=True):
         m |= paired_gain(predicted == y, each.argmax(1) == y, name)
