@@ -7532,7 +7532,7 @@ def write_figures(folder: Path, model: nn.Module, evaluation: Evaluation,
          f"{name}\ntest samples beside the training samples that they nearly repeat")
     blocks |= explain_some(folder, model, evaluation, few, worst)
     blocks = {path.stem: figure_block(path) for path in folder.glob("*.png")} | blocks
-    blocks["confusion_matrix"] = confusion_cells(evaluation, blocks["confusion_matrix"])
+    blocks["confusion_matrix"] = confusion_cells(evaluation, blocks.get("confusion_matrix"))
     return blocks
 
 
@@ -7950,7 +7950,8 @@ def cross_validate(run: Run) -> HeldOut:
                 replace(machine, group=DistributedContext()))
         done["histories"][name] = state.history
         if group.is_leader:
-            save_file(kept, done)
+            with keep_what_fits(run.lost):
+                save_file(kept, done)
         run.log(f"{name}/{config.folds}   validation {state.history[-1]['val_loss']:.3f} "
                 f"{state.history[-1]['val_accuracy']:6.1%}   {state.seconds:6.1f} s")
     run.log("")

@@ -378,6 +378,18 @@ def test_an_export_that_does_not_fit_the_disk_is_one_line(finished, capsys):
     assert not [*run.glob(".*.part")]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_a_disk_that_takes_neither_figures_nor_folds_ends_in_one_line(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda figure, file, **more: file.write_bytes(bytes(9_000)))
+    with room_for_files_of(8_000):
+        out = said(capsys, "--task", "mnist", "--data", "offline", *SHORT, "--folds", "2", code=1)
+    assert "fold 2/2" in out and "Test accuracy" in out
+    assert out.splitlines()[-1].startswith("error: ") and "(folds.pt, " in out.splitlines()[-1]
+
+
 def test_a_folder_that_vanishes_is_made_again(tmp_path, monkeypatch, undrawn, capsys):
     monkeypatch.chdir(tmp_path)
     run, usual = tmp_path / "outputs" / "mnist-offline-digits", dld.log_epoch
