@@ -7993,7 +7993,8 @@ def evaluate_and_write(run: Run, held_out: HeldOut | None = None) -> None:
         data.meta["seen"] = torch.cat((learnt_before, prints["train"], prints["val"]))
         evaluation, held_out = evaluate_run(run, held_out)
         run.budget.lap("evaluation")
-        if run.budget.seconds and run.state.plan:  # repeating this run looks at no clock
+        # Repeating this run looks at no clock; one that has not ended goes on as it was planned.
+        if run.budget.seconds and "ended" not in run.metrics:
             plan = ",".join(f"{start}:{total}" for start, total in run.state.plan)
             run.context.config = replace(run.config, steps=plan,
                                          report=run.budget.report_level(data, run.config))

@@ -249,6 +249,18 @@ def test_interrupted_runs_save_and_report_and_go_on(tmp_path, undrawn, monkeypat
     assert pd.read_csv(run / "history.csv")["epoch"].tolist() == [1, 2]
 
 
+def test_an_interrupted_run_with_a_budget_goes_on_with_the_report_that_it_planned(
+        tmp_path, undrawn, monkeypatch):
+    monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others, **more: (
+        dld.SpeedEstimate(config, step=0.1, predict=1e-4, figure=0.1)))
+    monkeypatch.setattr(dld, "log_epoch", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert dld.main([*MNIST[:-2], "--epochs", "2", "--budget", "30m",
+                     "--output-dir", str(tmp_path)]) == 130
+    run = tmp_path / "mnist-offline-digits"
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    assert config["report"] == "full" and "ended" in metrics_of(run)
+
+
 def test_a_signal_that_a_library_turns_into_another_error_is_still_a_signal(
         tmp_path, monkeypatch, capsys):
     """Extension modules answer Ctrl-C while they are loaded with an ImportError."""
