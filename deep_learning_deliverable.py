@@ -7384,7 +7384,7 @@ def make_run_folder(path: Path, config: Config) -> None:
     if path.exists():  # renaming would replace an empty folder, elsewhere than on Windows
         raise FileExistsError
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)  # a process of this number may have been killed here
     try:
         write_json(scratch / "config.json", dataclasses.asdict(config))
         scratch.rename(path)
