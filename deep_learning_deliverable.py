@@ -7936,7 +7936,8 @@ def cross_validate(run: Run) -> HeldOut:
             continue
         fold = build_dataset(run.raw, config, parts)
         fold.samples.to(machine.device)
-        with torch.random.fork_rng():  # the last training must not depend on the folds done here
+        # The last training must not depend on the folds done here; of several GPUs, this is one.
+        with torch.random.fork_rng([machine.device] if machine.device.type == "cuda" else []):
             state, _ = start_training(fold, config, machine)
             fit(state, Context(config, fold, machine, Checkpointer(
                 interrupt=run.context.checkpointer.interrupt)))
