@@ -9172,6 +9172,9 @@ class Search:
         table.columns = [re.sub("^(params|user_attrs)_", "", name) for name in table.columns]
         table = table.reindex(columns=["number", "state", "val_accuracy", "val_loss", "seconds",
                                        "default", *self.space, "reason", "right", "value"])
+        # Of a trial that has just begun they are missing, which would turn 64 into 64.0.
+        whole = [name for name in self.space if type(getattr(self.config, name)) is int]
+        table = table.astype(dict.fromkeys(whole, "Int64"))
         table["number"] += 1
         table["state"] = table["state"].str.lower().mask(table["reason"].notna(), "failed")
         table["default"] = table["default"].eq(True).astype(int)

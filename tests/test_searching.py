@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import pandas as pd
 import pytest
@@ -116,6 +117,19 @@ def test_a_trial_may_diverge_and_a_search_be_interrupted(problem, code, tmp_path
     if code == 0:
         assert [*rows["state"]] == ["complete", "failed", "complete"]
         assert rows["reason"][1].startswith("the loss became no number in epoch 2")
+
+
+def test_whole_numbers_stay_whole_beside_a_trial_that_has_just_begun(tmp_path):
+    study = optuna.create_study(direction="maximize")
+    work = types.SimpleNamespace(config=small("mnist"), space={"batch_size": (2, 256)},
+                                 folder=tmp_path)
+    study.add_trial(optuna.trial.create_trial(
+        params={"batch_size": 128}, value=0.5, user_attrs={"val_accuracy": 0.5},
+        distributions={"batch_size": optuna.distributions.IntDistribution(2, 256)}))
+    study.ask()
+    table = dld.Search.write(work, study)
+    assert (tmp_path / "trials.csv").read_text("utf-8").splitlines()[1].split(",")[6] == "128"
+    assert "with batch size 128" in dld.say_search(table.loc[0], table[:0], 1, ["batch_size"])[0]
 
 
 REFUSED = [
