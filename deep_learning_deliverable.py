@@ -9369,8 +9369,10 @@ def create_study(storage: Any, work: Search, wanted: int) -> Any:
         sampler=optuna.samplers.TPESampler(n_startup_trials=max(4, min(10, wanted // 3)),
                                            seed=seed, constant_liar=True),
         pruner=optuna.pruners.MedianPruner(4, max(1, config.epochs // 3)))
-    study.enqueue_trial({name: getattr(config, name) for name in work.space},
-                        user_attrs={"default": True}, skip_if_exists=True)
+    failed = optuna.trial.TrialState.FAIL  # by Ctrl-C, or killed
+    if not any(trial.user_attrs.get("default") and trial.state != failed for trial in study.trials):
+        study.enqueue_trial({name: getattr(config, name) for name in work.space},
+                            user_attrs={"default": True})
     return study
 
 

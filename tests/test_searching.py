@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import types
+from unittest import mock
 
 import pandas as pd
 import pytest
@@ -130,6 +131,17 @@ def test_whole_numbers_stay_whole_beside_a_trial_that_has_just_begun(tmp_path):
     table = dld.Search.write(work, study)
     assert (tmp_path / "trials.csv").read_text("utf-8").splitlines()[1].split(",")[6] == "128"
     assert "with batch size 128" in dld.say_search(table.loc[0], table[:0], 1, ["batch_size"])[0]
+
+
+def test_a_default_that_was_interrupted_is_tried_again(tmp_path, monkeypatch):
+    flags = [*QUICK, "--storage", f"sqlite:///{tmp_path / 'study.db'}", "--search", "1",
+             "--output-dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(dld, "fit", mock.Mock(side_effect=dld.Interrupted))
+        assert dld.main(flags) == 130
+    assert dld.main(flags) == 0
+    rows = trials(tmp_path, f"{NAME}-2")
+    assert [*rows["default"]] == [1, 1] and [*rows["state"]] == ["fail", "complete"]
 
 
 REFUSED = [
