@@ -7350,7 +7350,8 @@ RUN_BYTES = 100_000_000  # figures, tables, model.pt, and a checkpoint with its 
 
 def check_room(place: Path) -> None:
     """Refuse a folder that takes no files, or hardly any, before anything is computed."""
-    place = next(each for each in (place.absolute(), *place.absolute().parents) if each.exists())
+    place = place.expanduser().absolute()
+    place = next(each for each in (place, *place.parents) if each.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
             free = shutil.disk_usage(place).free
@@ -7364,7 +7365,8 @@ def check_room(place: Path) -> None:
 
 def fresh_path(wanted: Path, make: Callable[[Path], Any]) -> Path:
     """Make wanted, or wanted-2, -3 ...: the first that does not exist; nothing is overwritten."""
-    path, number = wanted, 1
+    wanted = path = wanted.expanduser()
+    number = 1
     while True:
         try:
             wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -9518,7 +9520,7 @@ def load(folder: str | os.PathLike[str]) -> Result:
     """A finished run from its folder."""
     if not isinstance(folder, str | os.PathLike):
         raise UsageError(f"load takes a run folder, got {folder!r}")
-    return isolate_notebook(lambda: Result(Path(folder)))
+    return isolate_notebook(lambda: Result(Path(folder).expanduser()))
 
 
 def train(task: str = "", **flags: Any) -> Result:
@@ -9547,9 +9549,10 @@ def train_from_keywords(asked: dict[str, Any], log: Log) -> Result:
     if given.get("task") == "all":
         raise UsageError(f"task all: train them one after another: {', '.join(TASKS)}")
     if "resume" in asked:
-        resume(Path(asked["resume"]), given, log)
-        return Result(Path(asked["resume"]))
-    saved = read_config(Path(asked["config"])) if "config" in asked else None
+        folder = Path(asked["resume"]).expanduser()
+        resume(folder, given, log)
+        return Result(folder)
+    saved = read_config(Path(asked["config"]).expanduser()) if "config" in asked else None
     return Result(train_run(given, log, saved))
 
 

@@ -211,6 +211,15 @@ def test_a_run_from_disk_with_its_figures_and_report(run):
         dld.load(folder.with_name("other"))
 
 
+def test_a_folder_in_the_home_folder_is_meant(tmp_path, monkeypatch, undrawn):
+    """No shell has spelt out the ~ in a cell."""
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    one = dld.train("mnist", **QUICK, output_dir="~/new")
+    assert one.folder == tmp_path / "new" / "mnist-offline-digits"
+    assert dld.load("~/new/mnist-offline-digits").metrics == one.metrics
+
+
 def test_predicting_pictures_however_they_come(run, digits, tmp_path, capsys):
     x, file = digits.x[:3, 0], tmp_path / "0.png"
     Image.fromarray(x[0]).save(file)
