@@ -8221,15 +8221,13 @@ def train_seeds(many: int, given: Meta, log: Log) -> None:
             f"{costs}", 8))
     runs = train_in_turn([{**given, "seed": first + place} for place in range(many)], given, log)
     if join_group().is_leader:
-        for line in write_seeds(runs):
-            log(line)
+        log("\n".join(write_seeds(runs)))
 
 
 def show_comparison(runs: list[Path], output_dir: Path, log: Log) -> None:
     """Compare finished runs, and say what came out."""
     report, said = write_comparison(runs, output_dir)
-    log(f"\n{said}\n")
-    log(f"Comparison    {report.with_suffix('.html').resolve()}")
+    log(f"\n{said}\n\nComparison    {report.with_suffix('.html').resolve()}")
     names = dict.fromkeys(m["dataset"] for m in (read_json(run / "metrics.json") for run in runs)
                           if m["stand_in"])
     if names:
@@ -9212,10 +9210,8 @@ class Search:
         self.draw(study)
         best = done.loc[done["value"].idxmax()]
         many = int(table["state"].isin(("complete", "pruned")).sum())
-        first, *others = say_search(best, done[done["default"] == 1], many, [*self.space])
-        self.log(f"\nBest    {first}")
-        for line in others:
-            self.log(f"        {line}")
+        said = say_search(best, done[done["default"] == 1], many, [*self.space])
+        self.log("\nBest    " + "\n        ".join(said))
         self.log(f"Results {self.folder.resolve()}")
         self.log(f"Next    {this_command()} --config {quoted(self.folder / 'best.json')}")
         if self.raw.stand_in_slug:
