@@ -36,9 +36,9 @@ Contents, with the line where each section begins:
     10  Figures ...................... 5693
     11  Report ....................... 6069
     12  Runs ......................... 7343
-    13  Using a model ................ 8334
-    14  Search and notebook .......... 9074
-    15  Command line ................. 9563
+    13  Using a model ................ 8325
+    14  Search and notebook .......... 9065
+    15  Command line ................. 9556
 """
 
 # /// script
