@@ -33,12 +33,12 @@ Contents, with the line where each section begins:
      7  Data ......................... 2708
      8  Tasks ........................ 4666
      9  Machine ...................... 4943
-    10  Figures ...................... 5706
-    11  Report ....................... 6082
-    12  Runs ......................... 7356
-    13  Using a model ................ 8338
-    14  Search and notebook .......... 9078
-    15  Command line ................. 9569
+    10  Figures ...................... 5707
+    11  Report ....................... 6083
+    12  Runs ......................... 7357
+    13  Using a model ................ 8340
+    14  Search and notebook .......... 9080
+    15  Command line ................. 9573
 """
 
 # /// script
@@ -5058,8 +5058,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         if lost:
             lost.pop(path, None)
     except OSError as problem:
-        if lost is None:
-            raise
+        if lost is None:  # a full disk names no file
+            raise OSError(problem.errno or errno.EIO, problem.strerror or str(problem),
+                          str(path)) from problem
         lost[path] = problem.strerror or str(problem)
     finally:
         with contextlib.suppress(OSError):
@@ -8046,9 +8047,12 @@ def evaluate_run(run: Run, held_out: HeldOut | None) -> tuple[Evaluation, HeldOu
     rows, test = data.parts["train"], data.parts["test"]
     some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), TRAIN_SAMPLES_MEASURED)).long()]
     # All in one process: the others wait, and nothing depends on how many there are.
-    seen = measure(predict_logits(state.model, data.samples, some, machine), data.labels[some],
-                   temperature)
-    unseen = measure(held_out.logits, truth, temperature)
+    seen = predict_logits(state.model, data.samples, some, machine)
+    fits: dict[str, float] = {}
+    for part, found, true in (("train", seen, data.labels[some]), ("val", held_out.logits, truth)):
+        probs = probabilities(found, temperature)
+        fits |= {f"{part}_accuracy": float((found.argmax(1) == true).double().mean()),
+                 f"{part}_loss": measure_probabilities(probs, true)["test_loss"]}
     # Only here, after the training, does a network meet the test part.
     (logits, parts), y = predict_test(state.model, data, machine), data.labels[test]
     sure = probabilities(logits, temperature).amax(1)
@@ -8059,9 +8063,7 @@ def evaluate_run(run: Run, held_out: HeldOut | None) -> tuple[Evaluation, HeldOu
     commonest = int(data.labels[rows].bincount().argmax())
     cost, layers = measure_cost(state, data, machine)
     m |= {"epochs": state.epoch, "best_epoch": int(state.best["epoch"]), "temperature": temperature,
-          "train_accuracy": seen["test_accuracy"], "train_loss": seen["test_loss"],
-          "val_accuracy": unseen["test_accuracy"], "val_loss": unseen["test_loss"],
-          **measure(logits, y, temperature),
+          **fits, **measure(logits, y, temperature),
           **paired_gain(logits.argmax(1) == y, y == commonest, "commonest"), **parts,
           **cost,
           "model_mb": round(size / 2**20, 3),
@@ -9220,7 +9222,6 @@ class Search:
         if not len(done):
             raise Failure("no trial was finished; give a longer --budget, fewer --epochs, or a "
                           "smaller --lr")
-        self.draw(study)
         best = done.loc[done["value"].idxmax()]
         many = int(table["state"].isin(("complete", "pruned")).sum())
         said = say_search(best, done[done["default"] == 1], many, [*self.space])
@@ -9229,17 +9230,20 @@ class Search:
         self.log(f"Next    {this_command()} --config {quoted(self.folder / 'best.json')}")
         if self.raw.stand_in_slug:
             self.log(f"Note    searched on {self.raw.name}")
+        self.draw(study)
 
     def draw(self, study: Any) -> None:
         """What each trial reached, and which settings mattered, as Optuna draws them."""
-        import matplotlib.pyplot as pyplot
+        from matplotlib import pyplot
         from optuna.visualization import matplotlib as plots
         for name, plot in (("search", plots.plot_optimization_history),
                            ("search_importance", plots.plot_param_importances)):
-            with contextlib.suppress(RuntimeError, ValueError):  # too few results to tell
+            # Optuna changes the style of all figures. Too few results to tell are an error.
+            with pyplot.rc_context(), contextlib.suppress(RuntimeError, ValueError):
                 figure: Any = plot(study, target_name="validation accuracy").figure
                 figure.set_layout_engine("tight")
-                figure.savefig(self.folder / f"{name}.png", dpi=120)
+                write_atomically(self.folder / f"{name}.png", functools.partial(
+                    figure.savefig, dpi=120, format="png"))
                 pyplot.close(figure)
 
 

@@ -370,6 +370,13 @@ def test_a_disk_that_fills_costs_what_does_not_fit_alone(tmp_path, monkeypatch, 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
+def test_what_does_not_fit_the_disk_is_named(tmp_path):
+    with room_for_files_of(100), pytest.raises(OSError) as told:
+        dld.write_text(tmp_path / "a.txt", "x" * 200)
+    assert told.value.filename == str(tmp_path / "a.txt") and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limits")
 def test_an_export_that_does_not_fit_the_disk_is_one_line(finished, capsys):
     run = finished["mnist"]
     with room_for_files_of(100_000):  # torch, writing the file itself, would end the process
