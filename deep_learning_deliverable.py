@@ -34,11 +34,11 @@ Contents, with the line where each section begins:
      8  Tasks ........................ 4666
      9  Machine ...................... 4943
     10  Figures ...................... 5707
-    11  Report ....................... 6083
-    12  Runs ......................... 7357
-    13  Using a model ................ 8340
-    14  Search and notebook .......... 9080
-    15  Command line ................. 9573
+    11  Report ....................... 6090
+    12  Runs ......................... 7364
+    13  Using a model ................ 8347
+    14  Search and notebook .......... 9087
+    15  Command line ................. 9580
 """
 
 # /// script
@@ -5176,9 +5176,9 @@ def join_group() -> DistributedContext:
 def leave_group() -> None:
     """End what `join_group` began."""
     if dist.is_available() and dist.is_initialized():
-        # Before torch 2.8 this waits, holding the interpreter, for a thread that may wait for the
-        # interpreter (pytorch pull request 154976): of 60 groups on a busy machine, 3 hung.
-        time.sleep(0.1)  # lets it finish: of 260 none
+        # Before torch 2.8 this waits, holding the interpreter, for a thread that may still wait for
+        # the interpreter: both for ever (pytorch pull request 154976). So that one goes first.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
@@ -5773,6 +5773,13 @@ def plot_curves(history: pd.DataFrame, best_epoch: int, path: Path, title: str) 
             axes.legend(frameon=True)
 
 
+def legend_below(figure: Any, title: str | None = None) -> None:
+    """One legend for all axes, in as many columns as fit."""
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    columns = max(1, min(4, 100 // (max(map(len, names)) + 8)))  # about 100 letters
+    figure.legend(lines, names, loc="outside lower center", ncols=columns, title=title)
+
+
 def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -> None:
     """Validation loss and accuracy of several trainings in the same axes."""
     with canvas(path, 8, 3.9, title) as figure:
@@ -5781,9 +5788,7 @@ def plot_histories(histories: dict[str, pd.DataFrame], path: Path, title: str) -
                 axes.plot(history["epoch"], history[f"val_{name}"] * scale, marker="o",
                           markersize=3 if len(history) < 30 else 0, label=label)
             axes.set_title(f"validation {name}")
-        columns = max(1, min(4, 100 // (max(map(len, histories)) + 8)))  # about 100 letters fit
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                      ncols=columns)
+        legend_below(figure)
 
 
 def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: str) -> None:
@@ -5808,17 +5813,19 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
 
 
 def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) -> None:
-    """ROC and precision-recall curves of each class against the rest, by their names with AUC."""
-    with canvas(path, 8, 4.3, f"{title}\neach class against the rest") as figure:
+    """ROC and precision-recall curves of each class against the rest, with the areas below them."""
+    with canvas(path, 8, 5, f"{title}\neach class against the rest") as figure:
         limits = {"xlim": (-0.01, 1.01), "ylim": (-0.01, 1.02)}
         left, right = figure.subplots(1, 2, subplot_kw=limits)
         left.plot([0, 1], [0, 1], ":", color=GREY)
         for name, (fall_out, recall, precision, found) in curves.items():
-            left.plot(fall_out, recall, linewidth=1.3, label=name)
+            below = skmetrics.auc(fall_out, recall), (-np.diff(found) * precision[:-1]).sum()
+            left.plot(fall_out, recall, linewidth=1.3, label="{} ({:.3f}, {:.3f})".format(
+                name, *below))
             right.plot(found, precision, linewidth=1.3)
         left.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
         right.set(title="precision and recall", xlabel="recall", ylabel="precision")
-        left.legend(loc="lower right", fontsize=8, title="class (AUC)", title_fontsize=8)
+        legend_below(figure, "class (AUC, average precision)")
 
 
 def plot_balance(counts: dict[str, np.ndarray], classes: list[str], path: Path,
@@ -7569,8 +7576,8 @@ def describe_with_figures(folder: Path, model: nn.Module, evaluation: Evaluation
                                         for row in some.tolist()],
          f"{name}\ntraining samples drawn at random")
     worst = evaluation.by_class["auc"].dropna().nsmallest(10)
-    plot_roc({f"{classes[k]} ({worst[k]:.3f})": roc_and_precision(evaluation, k)
-              for k in sorted(worst.index)}, folder / "roc_pr.png",
+    plot_roc({classes[k]: roc_and_precision(evaluation, k) for k in sorted(worst.index)},
+             folder / "roc_pr.png",
              title + "\nthe ten classes with the lowest AUC" * (len(classes) > 10))
     x = samples.batch(rows[:1])
     if isinstance(samples, TextData):

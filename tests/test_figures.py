@@ -1,5 +1,6 @@
 """Figures open, are not blank, repeat to the byte, and stand odd input."""
 import contextlib
+import types
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import dld
 from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 EPOCHS = np.arange(5)
 HISTORY = pd.DataFrame({"epoch": EPOCHS + 1, "train_loss": 2 / (EPOCHS + 1),
@@ -47,7 +49,7 @@ DRAW = {
                     dld.calibration_bins(SURE[:1], Y[:1])),
     "deletion": (dld.plot_deletion, {"attention": FALLS, "evidence": FALLS}),
     "comparison": (dld.plot_comparison, RUNS),
-    "roc": (dld.plot_roc, {"$a$ (0.910)": CURVE, "b (0.900)": CURVE}),
+    "roc": (dld.plot_roc, {"$a$": CURVE, "b": CURVE}),
     "balance": (dld.plot_balance, {part: np.array([50, 9, 700]) for part in ("a", "b", "c")},
                 ["bird", "a class with a rather long name", "$x$"]),
     "lengths": (dld.plot_lengths, np.arange(1000), 400),
@@ -115,3 +117,14 @@ def test_figures_repeat_to_the_byte(tmp_path):
     for path in (one, two):
         plot(*given, path, "title")
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_areas_beside_the_curves_are_those_of_scikit_learn(tmp_path, drawn):
+    random = np.random.default_rng(0)
+    truth = random.integers(2, size=200)
+    score = np.round(truth * 0.3 + random.random(200), 1)  # with ties
+    found = types.SimpleNamespace(y=torch.tensor(1 - truth), probs=torch.tensor(score)[:, None])
+    dld.plot_roc({"a": dld.roc_and_precision(found, 0)}, tmp_path / "a.png", "title")
+    areas = roc_auc_score(truth, score), average_precision_score(truth, score)
+    said = drawn[0].legends[0].get_texts()[0].get_text()
+    assert said == "a ({:.3f}, {:.3f})".format(*areas)
