@@ -6462,6 +6462,11 @@ def has_learned(m: Meta) -> bool:
     return bool(m["commonest_gain_low"] > 0)
 
 
+def ranks_well(m: Meta) -> bool:
+    """Whether it tells classes apart, whatever its accuracy: of uneven classes that says little."""
+    return bool(m.get("test_auc", 0) > 0.6)
+
+
 def tests_too_few(m: Meta) -> bool:
     """Whether a network that is not shown to have learnt seems to have, on a handful of samples."""
     return bool(m["test_samples"] < 100 and m["commonest_gain"] > 0.2)
@@ -6473,6 +6478,7 @@ def say_result(m: Meta) -> str:
     tested = plural(m["test_samples"], "test sample")
     text = f"Right on {m['test_accuracy']:.2%} of {tested} ({sides})."
     doubt = ("These are too few samples to show that it is" if tests_too_few(m) else
+             "By accuracy, it is not shown to be" if ranks_well(m) else
              "Nothing learned: not shown to be")
     return text if has_learned(m) else (
         f"{text} {doubt} better than always saying the commonest class.")
@@ -7096,8 +7102,10 @@ def say_advice(m: Meta, history: pd.DataFrame, settings: Meta) -> list[str]:
     said = ["Let the training end: --resume goes on."] * ("ended" in m)
     learnt = max(m["train_accuracy"], history["train_accuracy"].max())
     if not has_learned(m):
-        said.append("More test samples." if tests_too_few(m) else "Check that the classes can be "
-                    "told from the samples, and that the labels are right.")
+        said.append("More test samples." if tests_too_few(m) else "Look at macro-F1, AUC and each "
+                    "class: accuracy alone does not show what it learnt." if ranks_well(m) else
+                    "Check that the classes can be told from the samples, and that the labels are "
+                    "right.")
     elif training_gap(m)[1] > 0:
         said.append("More training data, or more variation of it: training samples are known "
                     "better than new ones.")
@@ -8169,7 +8177,7 @@ def print_summary(run: Run) -> None:
         said.append(("", f"{without:.2%} without the {plural(m['test_repeats'], 'test sample')} "
                      "that it was trained on too"))
     simplest, *others = say_baselines(m)
-    said += [] if has_learned(m) else [("", f"nothing learned: {simplest}")]
+    said += [] if has_learned(m) else [("", "nothing learned: " * (not ranks_well(m)) + simplest)]
     if "deep_share" in m:
         said.append(("", f"{m['model']} alone {m['deep_accuracy']:.2%}, phrases alone "
                      f"{m['wide_accuracy']:.2%}"))
