@@ -7354,9 +7354,10 @@ def write_seeds(folders: list[Path]) -> list[str]:
         runs["seed"], histories, strict=True)}, page.with_suffix(".png"), f"{name}, {n} seeds")
     said = [f"Test accuracy {mean:.2%} on average over {n} seeds, standard deviation "
             f"{100 * spread:.2f} points (lowest {accuracy.min():.2%}, highest {accuracy.max():.2%}"
-            ").", f"Mean over all possible seeds: {inside} (Student's t). A seed changes the first "
-            "weights, the order of samples and the validation part. The test part is the same for "
-            "all: what another one would change is in the interval of each run."]
+            ").", f"Mean over all possible seeds: {inside} (Student's t). " * bool(spread)
+            + "A seed changes the first weights, the order of samples and the validation part. The "
+            "test part is the same for all: what another one would change is in the interval of "
+            "each run."]
     shown = table.assign(**{key: table[key].map("{:.2%}".format)
                             for key in ("test_accuracy", "train_accuracy", "val_accuracy")})
     write_page(page, f"{first['dataset']}: {network_of(first)[0]}, {n} seeds", {

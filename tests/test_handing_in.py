@@ -78,6 +78,12 @@ def test_several_seeds_end_in_one_page_with_mean_and_spread(tmp_path, monkeypatc
     assert alone == 0 and metrics_of(tmp_path / "alone" / runs[0].name)["test_accuracy"] == right[1]
 
 
+def test_seeds_that_agree_say_nothing_certain_about_all_others(finished, tmp_path, undrawn):
+    runs = [shutil.copytree(finished["mnist"], tmp_path / name) for name in ("a", "b")]
+    said = " ".join(dld.write_seeds(runs))
+    assert "standard deviation 0.00 points" in " ".join(said.split()) and "Student" not in said
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--task", "mnist", "--seeds", "1"], "--seeds 1: give 2 to 100"),
     (["--task", "all", "--seeds", "3"], "--seeds takes one --task at a time"),
