@@ -7133,7 +7133,8 @@ def small_pictures(m: Meta, settings: Meta) -> bool:
     """Whether these are few pictures of the user's own, learnt from scratch."""
     task = TASKS[settings["task"]]
     return bool(task.read_own and task.kind == "image" and m["train_samples"] < 10_000
-                and not settings["pretrained"] and not settings["init"])
+                and not settings["pretrained"] and not settings["init"]
+                and m["test_accuracy"] < 1)
 
 
 IN_TEX = str.maketrans({**{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}",

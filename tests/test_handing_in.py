@@ -144,9 +144,10 @@ def test_of_more_than_100_classes_the_best_alone_is_said():
 
 
 def test_few_pictures_of_ones_own_end_with_a_hint_unless_it_is_taken():
-    few = {"train_samples": 500}
+    few = {"train_samples": 500, "test_accuracy": 0.9}
     settings = {"task": "images", "pretrained": False, "init": ""}
     assert dld.small_pictures(few, settings)
-    for m, other in (({"train_samples": 50_000}, settings), (few, {**settings, "task": "text"}),
+    for m, other in ((few | {"train_samples": 50_000}, settings),
+                     (few | {"test_accuracy": 1.0}, settings), (few, {**settings, "task": "text"}),
                      (few, {**settings, "pretrained": True}), (few, {**settings, "init": "a"})):
         assert not dld.small_pictures(m, other)
