@@ -8060,6 +8060,7 @@ def evaluate_run(run: Run, held_out: HeldOut | None) -> tuple[Evaluation, HeldOu
     truth = data.labels[held_out.rows]
     if data.wide is not None:
         join_wide(state.model, data, held_out, machine)
+        m["parameters"] = sum(p.numel() for p in state.model.parameters())
     data.meta["temperature"] = temperature = fit_temperature(held_out.logits, truth)
     rows, test = data.parts["train"], data.parts["test"]
     some = rows[torch.linspace(0, len(rows) - 1, min(len(rows), TRAIN_SAMPLES_MEASURED)).long()]
