@@ -6530,8 +6530,8 @@ def say_difference(meta: Meta, settings: Meta, m: Meta) -> str:
     said = (f" Training figures are running means, measured with {' and '.join(harder)}: so they "
             "can look worse than validation.") if harder else ""
     if 0 < m["val_samples"] < 30:
-        said += (f" Validation has {plural(m['val_samples'], 'sample')}: which epoch is best is "
-                 "largely chance.")
+        said += (f" Validation has {plural(m['val_samples'], 'sample')}: too few to tell how good "
+                 "an epoch is.")
     if "deep_share" in m:
         return said + " The curves are the network's own: the wide part joined it afterwards."
     return said + (" The curves see each picture once; all other figures average several views of "
@@ -6561,14 +6561,14 @@ def explain_mistakes(evaluation: Evaluation) -> str:
     if times[often] >= 0.9 * times.sum():
         said = f"It says {names[often]} for {times[often]:,} of {times.sum():,} samples. "
     elif len(names) == 2:
-        said = (f"{matrix[0, 1]:,} of {names[0]} were taken for {names[1]}, and {matrix[1, 0]:,} "
-                "the other way. ")
+        said = (f"Taken for {names[1]}: {matrix[0, 1]:,} of {names[0]}; the other way: "
+                f"{matrix[1, 0]:,}. ")
     elif both[a, b] > 1:
         said = f"{both[a, b]:,} of {n:,} are between {names[a]} and {names[b]}. "
     wrong = matrix.sum(1) - matrix.diagonal()
     worst = int(wrong.argmax())
-    return (f"{said}Most concern {names[worst]}: {wrong[worst]:,} of its {matrix[worst].sum():,} "
-            "samples are missed.")
+    return (f"{said}No class has more samples missed than {names[worst]}: {wrong[worst]:,} of "
+            f"{matrix[worst].sum():,}.")
 
 
 def say_calibration(m: Meta) -> str:
@@ -6734,16 +6734,19 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     """How the network was trained."""
     size = settings["batch_size"]
     optimizer = {"adamw": "AdamW", "muon": "Muon for filters and AdamW for the rest"}
-    passes = steps * size / max(1, m["train_samples"])
-    said = (f"Trained for {plural(steps, 'step')} of {size:,} samples, {passes:.2g} times as many "
-            f"as the training part has, with {optimizer[settings['optimizer']]}, minimising "
-            f"cross-entropy. The learning rate is at most {settings['lr']:g}; it "
+    # The last step of an epoch may have fewer samples.
+    passes = steps / max(1, data.epoch_steps(Config(**settings)))
+    alike = ", in which each class counts alike" * (settings["class_weights"] == "balanced")
+    said = (f"Trained for {plural(steps, 'step')} of up to {size:,} samples, {passes:.2g} times as "
+            f"many as the training part has, with {optimizer[settings['optimizer']]}, minimising "
+            f"cross-entropy{alike}. The learning rate is at most {settings['lr']:g}; it "
             f"{SCHEDULES[settings['schedule']]}.")
     if "ended" in m:
         said += f" The training was {m['ended']}: the rate has not reached its end."
     elif settings["patience"] and m["epochs"] < settings["epochs"] and not settings["steps"]:
-        said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs, since "
-                 "validation had not become better for long.")
+        said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs: validation "
+                 "did not become better for long" + ", and then the rate fell to its end"
+                 * (settings["schedule"] != "constant") + ".")
     if len(data.unlabelled) and steps > data.epoch_steps(Config(**settings)):
         said += (f" Before the labelled texts it learnt from the phrase model's opinions on "
                  f"{len(data.unlabelled):,} unlabelled ones.")
@@ -6772,8 +6775,9 @@ def say_regularisation(meta: Meta, settings: Meta) -> str:
 def report_model(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Block | None]:
     """What the network is made of, and how it was trained."""
     m, layers = evaluation.metrics, evaluation.layers
-    beside = (" The two LSTMs of a layer read forwards and backwards, side by side; the wide part "
-              "stands beside them all.") * ("deep_share" in m)
+    beside = " The two LSTMs of a layer read forwards and backwards, side by side." * (
+        m["model"] == "lstm")
+    beside += " The wide part stands beside all other layers." * ("deep_share" in m)
     return [
         text_block(f"The network is {network_of(m)[0]} ({m['model']}). {network_of(m)[1]}",
                    say_recipe(evaluation.data, settings, m,
@@ -6901,7 +6905,8 @@ def report_result(m: Meta, meta: Meta) -> list[Block | None]:
 def report_data(evaluation: Evaluation, settings: Meta, figure: Any) -> list[Block | None]:
     """What the data is, what it is used for, and how it looks."""
     data, task, m = evaluation.data, TASKS[settings["task"]], evaluation.metrics
-    chosen = "the best epoch and the temperature are chosen by these"
+    epoch = "the best epoch and " * bool(evaluation.history["val_loss"].count() > 1)
+    chosen = f"{epoch}the temperature {'are' if epoch else 'is'} chosen by these"
     if "deep_share" in m:
         chosen += ", and what each part counts; then the wide part learns from them too"
     uses = {"train": "the network learns from these", "test": "used only after the training",
@@ -7047,7 +7052,8 @@ def answer_questions(evaluation: Evaluation, settings: Meta) -> list[tuple[str, 
             "the true class. Its gradient does not vanish for mistakes that the network is sure "
             "of, and it makes probabilities that can be checked (see Confidence). "
             + ("Label smoothing keeps the network from growing too sure."
-               if settings["label_smoothing"] else "To minimise it is maximum likelihood."))
+               if settings["label_smoothing"] else "To minimise it is maximum likelihood."
+               if settings["class_weights"] == "none" else "Each class counts alike in it."))
     said = [
         ("Why this network?", f"It is {network_of(m)[0]}: {m['parameters']:,} parameters and "
          f"{m['multiply_adds']:,} multiply-adds for one sample. {network_of(m)[1]} A simpler "

@@ -251,7 +251,62 @@ def test_an_interrupted_training_is_not_said_to_have_lost_patience(digits):
     data, m = dld.build_dataset(digits, config), {"train_samples": 50, "epochs": 4}
     for ended, said in (({}, True), ({"ended": "interrupted after 4 of 9 epochs"}, False)):
         text = dld.say_recipe(data, dataclasses.asdict(config), m | ended, steps=9)
-        assert ("since validation" in text) == said and ("interrupted" in text) != said
+        assert ("validation did not" in text) == said and ("interrupted" in text) != said
+
+
+def test_the_recipe_counts_samples_and_says_what_the_loss_and_the_end_were(digits):
+    config = small("mnist", limit=60, batch_size=16, epochs=9, patience=1, class_weights="balanced")
+    data = dld.build_dataset(digits, config)
+    assert len(data.parts["train"]) % 16, "the last step of an epoch has fewer"
+    settings, steps = dataclasses.asdict(config), 3 * data.epoch_steps(config)
+    text = dld.say_recipe(data, settings, {"train_samples": 54, "epochs": 3}, steps)
+    assert f"{steps} steps of up to 16 samples, 3 times as many" in text
+    assert "in which each class counts alike" in text and "then the rate fell to its end" in text
+    text = dld.say_recipe(data, {**settings, "schedule": "constant", "class_weights": "none"},
+                          {"train_samples": 54, "epochs": 3}, steps)
+    assert "counts alike" not in text and "did not become better for long." in text
+
+
+def test_the_class_with_the_most_mistakes_is_not_said_to_have_most_of_them(digits):
+    data = dld.build_dataset(digits, small("mnist", limit=300))
+    data.meta["temperature"], y = 1.0, data.labels[data.parts["test"]]
+    logits = torch.eye(10)[torch.where(torch.arange(len(y)) % 2 == 0, (y + 1) % 10, y)]
+    found = dld.Evaluation({}, data, pd.DataFrame(), logits)
+    said, wrong = dld.explain_mistakes(found), found.matrix.sum(1) - found.matrix.diagonal()
+    assert "Most" not in said and max(wrong) < len(found.mistakes) / 2
+    name, n, of = re.search(r"missed than (.+): (\d+) of (\d+)\.$", said).groups()
+    row = found.classes.index(name)
+    assert (int(n), int(of)) == (max(wrong), found.matrix[row].sum()) and wrong[row] == max(wrong)
+
+
+def test_the_parameters_of_a_run_are_those_of_its_layers(finished):
+    for run in finished.values():
+        layers = [line.split(" | ") for line in (run / "report.md").read_text("utf-8").split(
+            "| layer |")[1].split("\n\n")[0].splitlines()[2:]]
+        total = sum(int(cells[-2].replace(",", "")) for cells in layers)
+        assert total == metrics_of(run)["parameters"]
+
+
+def test_what_stands_below_the_layers_is_of_this_network(digits):
+    config = small("mnist", limit=60)
+    data = dld.build_dataset(digits, config)
+    data.meta["temperature"] = 1.0
+    for model, more, lstm, wide in (("transformer", {"deep_share": 0.5}, False, True),
+                                    ("lstm", {}, True, False)):
+        m = {"model": model, "multiply_adds": 1, "train_samples": 54, "epochs": 1, **more}
+        found = dld.Evaluation(m, data, pd.DataFrame({"steps": [1]}), torch.zeros(60, 10))
+        said = dld.report_model(found, dataclasses.asdict(config), lambda name, text: text)[1]
+        assert ("LSTM" in said) == lstm and ("wide part" in said) == wide
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_of_one_epoch_none_is_said_to_be_chosen(digits, epochs):
+    config = small("mnist", limit=60)
+    data = dld.build_dataset(digits, config)
+    data.meta["temperature"], history = 1.0, pd.DataFrame({"val_loss": [1.0] * epochs})
+    found = dld.Evaluation({}, data, history, torch.zeros(60, 10))
+    blocks = dld.report_data(found, dataclasses.asdict(config), lambda name, finding: None)
+    assert ("best epoch" in str(blocks[1])) == (epochs > 1)
 
 
 def test_what_was_skipped_ends_in_dots_only_where_more_reasons_follow():
