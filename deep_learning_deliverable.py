@@ -5797,11 +5797,12 @@ def plot_confusion(matrix: np.ndarray, classes: list[str], path: Path, title: st
     share = matrix / matrix.sum(1, keepdims=True).clip(1)
     cells = np.array([f"{n:,}\n{part:.1%}" if n else "0" for n, part in zip(
         matrix.flat, share.flat, strict=True)]).reshape(matrix.shape)
-    side = max(5.5, 0.62 * len(classes) + 1.6)
+    numbered = len(classes) <= 21
+    side = max(5.5, (0.62 if numbered else 0.3) * len(classes) + 1.6)
     title += "\ntest samples, and their share of the row (diagonal: recall)"
     with canvas(path, side + 0.8, side, title) as figure:
         axes = figure.subplots()
-        seaborn.heatmap(share, annot=cells if len(classes) <= 21 else False, fmt="",
+        seaborn.heatmap(share, annot=cells if numbered else False, fmt="",
                         annot_kws={"fontsize": 8.5}, cmap="Blues", vmin=0, vmax=1, linewidths=0.5,
                         xticklabels=classes, yticklabels=classes, ax=axes,
                         cbar_kws={"shrink": 0.75, "label": "share of the row"})
@@ -5839,7 +5840,7 @@ def plot_balance(counts: dict[str, np.ndarray], classes: list[str], path: Path,
         axes.set_yticks(range(len(classes)), classes)
         axes.set(xlabel="samples")
         axes.grid(visible=False, axis="y")
-        axes.invert_yaxis()
+        axes.set_ylim(len(classes) - 0.5, -0.5)
         figure.legend(loc="outside lower center", ncols=3)
 
 
@@ -5906,7 +5907,7 @@ class Verdict:
     @property
     def caption(self) -> str:
         """The same for a figure, in which a long name would run into its neighbours."""
-        return "\n".join(line if len(line) < 22 else f"{line[:14]}…{line[-6:]}"
+        return "\n".join(line if len(line) < 19 else f"{line[:11]}…{line[-6:]}"
                          for line in self.line.splitlines())
 
 
@@ -6066,7 +6067,7 @@ def plot_parts(parts: pd.DataFrame, path: Path, title: str) -> None:
 def plot_comparison(runs: pd.DataFrame, path: Path, title: str) -> None:
     """Bars for each run: accuracy with its interval, training time, size and speed."""
     panels = (("test_accuracy", "test accuracy in %, 95% interval", 100, "{:.1f}"),
-              ("seconds_training", "training time in s", 1, "{:,.0f}"),
+              ("seconds_training", "training time in s", 1, "{:,.1f}"),
               ("parameters", "parameters in thousands", 1e-3, "{:,.0f}"),
               ("multiply_adds", "multiply-adds for one sample, in millions", 1e-6, "{:,.1f}"),
               ("latency_ms", "one prediction in ms", 1, "{:.2f}"),

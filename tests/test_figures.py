@@ -128,3 +128,22 @@ def test_the_areas_beside_the_curves_are_those_of_scikit_learn(tmp_path, drawn):
     areas = roc_auc_score(truth, score), average_precision_score(truth, score)
     said = drawn[0].legends[0].get_texts()[0].get_text()
     assert said == "a ({:.3f}, {:.3f})".format(*areas)
+
+
+def test_long_captions_end_before_the_next_picture():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    name = "Ein sehr langer Klassenname & mehr_als_das"
+    figure = Figure(dpi=100)
+    FigureCanvasAgg(figure)
+    for verdict in (dld.Verdict(name, name, 1.0), dld.Verdict(f"for {name}"),
+                    dld.Verdict(name, "cat", 0.5)):
+        box = figure.text(0, 0, verdict.caption, fontsize=9).get_window_extent()
+        assert box.width / 100 < 7.94 / 6, "inches from one picture to the next"
+
+
+def test_the_names_of_40_classes_can_be_read_on_a_page(tmp_path):
+    names = [f"class {i}" for i in range(40)]
+    dld.plot_confusion(np.eye(40, dtype=int), names, path := tmp_path / "a.png", "")
+    with Image.open(path) as image:
+        assert image.width / dld.FIGURE_DPI < 15, "a wider one is made smaller, its letters too"
