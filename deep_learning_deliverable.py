@@ -6568,8 +6568,7 @@ def explain_mistakes(evaluation: Evaluation) -> str:
         said = f"{both[a, b]:,} of {n:,} are between {names[a]} and {names[b]}. "
     wrong = matrix.sum(1) - matrix.diagonal()
     worst = int(wrong.argmax())
-    return (f"{said}No class has more samples missed than {names[worst]}: {wrong[worst]:,} of "
-            f"{matrix[worst].sum():,}.")
+    return f"{said}Missed most: {names[worst]} ({wrong[worst]:,} of {matrix[worst].sum():,})."
 
 
 def say_calibration(m: Meta) -> str:
@@ -6943,8 +6942,8 @@ def say_balance(evaluation: Evaluation) -> str:
     few, many = int(times.argmin()), int(times.argmax())
     if times[few] == times[many]:
         return f"Every class has {times[few]:,} training samples."
-    return (f"Training samples: from {times[few]:,} of {evaluation.classes[few]} to "
-            f"{times[many]:,} of {evaluation.classes[many]}.")
+    return (f"Fewest training samples: {times[few]:,} (class {evaluation.classes[few]}); most: "
+            f"{times[many]:,} (class {evaluation.classes[many]}).")
 
 
 def say_lengths(evaluation: Evaluation) -> str:

@@ -273,8 +273,10 @@ def test_the_class_with_the_most_mistakes_is_not_said_to_have_most_of_them(digit
     logits = torch.eye(10)[torch.where(torch.arange(len(y)) % 2 == 0, (y + 1) % 10, y)]
     found = dld.Evaluation({}, data, pd.DataFrame(), logits)
     said, wrong = dld.explain_mistakes(found), found.matrix.sum(1) - found.matrix.diagonal()
-    assert "Most" not in said and max(wrong) < len(found.mistakes) / 2
-    name, n, of = re.search(r"missed than (.+): (\d+) of (\d+)\.$", said).groups()
+    assert "Most concern" not in said and max(wrong) < len(found.mistakes) / 2
+    name, n, of = re.search(r"Missed most: (.+) \((\d+) of (\d+)\)\.$", said).groups()
+    assert re.match(r"Fewest training samples: \d+ \(class \d\)", dld.say_balance(found)), (
+        "numbers of samples and classes that are numbers are told apart")
     row = found.classes.index(name)
     assert (int(n), int(of)) == (max(wrong), found.matrix[row].sum()) and wrong[row] == max(wrong)
 
