@@ -6021,7 +6021,7 @@ def plot_reliability(before: pd.DataFrame, after: pd.DataFrame, path: Path, titl
                        yerr=np.abs(ends - after["accuracy"].to_numpy()), markersize=4,
                        label="after it, 95% interval")
         upper.set(ylabel="share that is right", ylim=(-0.03, 1.03))
-        upper.legend(frameon=True, loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2)  # inside it covers points
         lower.bar(after["low"], after["samples"], after["high"] - after["low"], align="edge",
                   color=BLUE, edgecolor="white")
         lower.set(xlabel="confidence of the prediction", ylabel="samples", xlim=(0, 1))
@@ -6500,7 +6500,8 @@ def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accurac
     """What the curves show."""
     best, last = history.iloc[best_epoch - 1], history.iloc[-1]
     measured = history[judge].dropna()
-    name = "Validation accuracy" + ", each class counting alike," * (judge != "val_accuracy")
+    alike = ", each class counting alike (not so the curve),"
+    name = "Validation accuracy" + alike * (judge != "val_accuracy")
     if math.isnan(best[judge]):
         return "Trained on the whole training part, so there is no validation curve." + more
     if len(measured) < 2:
@@ -6736,9 +6737,10 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     optimizer = {"adamw": "AdamW", "muon": "Muon for filters and AdamW for the rest"}
     # The last step of an epoch may have fewer samples.
     passes = steps / max(1, data.epoch_steps(Config(**settings)))
+    times = f"{passes:.2g} times as many".removeprefix("1 times ")
     alike = ", in which each class counts alike" * (settings["class_weights"] == "balanced")
-    said = (f"Trained for {plural(steps, 'step')} of up to {size:,} samples, {passes:.2g} times as "
-            f"many as the training part has, with {optimizer[settings['optimizer']]}, minimising "
+    said = (f"Trained for {plural(steps, 'step')} of up to {size:,} samples, {times} as the "
+            f"training part has, with {optimizer[settings['optimizer']]}, minimising "
             f"cross-entropy{alike}. The learning rate is at most {settings['lr']:g}; it "
             f"{SCHEDULES[settings['schedule']]}.")
     if "ended" in m:
@@ -6746,7 +6748,7 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     elif settings["patience"] and m["epochs"] < settings["epochs"] and not settings["steps"]:
         said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs: validation "
                  "did not become better for long" + ", and then the rate fell to its end"
-                 * (settings["schedule"] != "constant") + ".")
+                 * (settings["schedule"] != "constant" and not m.get("seconds_budget")) + ".")
     if len(data.unlabelled) and steps > data.epoch_steps(Config(**settings)):
         said += (f" Before the labelled texts it learnt from the phrase model's opinions on "
                  f"{len(data.unlabelled):,} unlabelled ones.")
@@ -7075,7 +7077,7 @@ def answer_questions(evaluation: Evaluation, settings: Meta) -> list[tuple[str, 
 def say_overfitting(m: Meta, history: pd.DataFrame) -> str:
     """Whether it learnt its training samples rather than the task."""
     _, low, _ = training_gap(m)
-    said = ("Yes, somewhat: it knows its training samples better than new ones."
+    said = ("Yes: it knows its training samples better than new ones."
             if low > 0 else "Not measurably in the epoch that was kept.")
     last = history.iloc[-1]
     if m["best_epoch"] < len(history) and last["train_accuracy"] > last["val_accuracy"] + 0.1:

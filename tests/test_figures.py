@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import dld
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -132,7 +133,6 @@ def test_the_areas_beside_the_curves_are_those_of_scikit_learn(tmp_path, drawn):
 
 def test_long_captions_end_before_the_next_picture():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     name = "Ein sehr langer Klassenname & mehr_als_das"
     figure = Figure(dpi=100)
     FigureCanvasAgg(figure)
@@ -147,3 +147,14 @@ def test_the_names_of_40_classes_can_be_read_on_a_page(tmp_path):
     dld.plot_confusion(np.eye(40, dtype=int), names, path := tmp_path / "a.png", "")
     with Image.open(path) as image:
         assert image.width / dld.FIGURE_DPI < 15, "a wider one is made smaller, its letters too"
+
+
+def test_no_legend_covers_a_point_of_the_calibration(tmp_path, monkeypatch):
+    drawn, saved = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **more: (
+        drawn.append(figure), saved(figure, *given, **more)))
+    bins = dld.calibration_bins(SURE.softmax(1), Y)
+    dld.plot_reliability(bins, bins, tmp_path / "a.png", "")
+    upper, [legend] = drawn[0].axes[0], drawn[0].legends
+    assert upper.get_legend() is None
+    assert not legend.get_window_extent().overlaps(upper.get_window_extent())
