@@ -7594,9 +7594,10 @@ def describe_with_figures(folder: Path, model: nn.Module, evaluation: Evaluation
                                         for row in some.tolist()],
          f"{name}\ntraining samples drawn at random")
     worst = evaluation.by_class["auc"].dropna().nsmallest(10)
-    plot_roc({classes[k]: roc_and_precision(evaluation, k) for k in sorted(worst.index)},
-             folder / "roc_pr.png",
-             title + "\nthe ten classes with the lowest AUC" * (len(classes) > 10))
+    if len(worst):  # not where the test part has one class alone
+        plot_roc({classes[k]: roc_and_precision(evaluation, k) for k in sorted(worst.index)},
+                 folder / "roc_pr.png",
+                 title + "\nthe ten classes with the lowest AUC" * (len(classes) > 10))
     x = samples.batch(rows[:1])
     if isinstance(samples, TextData):
         plot_lengths(samples.length[rows].numpy(), data.meta["max_tokens"],
@@ -8179,8 +8180,8 @@ def print_summary(run: Run) -> None:
     """The last lines: the result, where it is, and what one would do next."""
     m, data, folder = run.metrics, run.context.data, run.folder
     sides = interval(m["test_accuracy_low"], m["test_accuracy_high"], "{:.2%}")
-    said = [("Test accuracy", f"{m['test_accuracy']:.2%} ({sides}), {m['test_samples']:,} "
-             f"samples, epoch {m['best_epoch']}")]
+    said = [("Test accuracy", f"{m['test_accuracy']:.2%} ({sides}), "
+             f"{plural(m['test_samples'], 'sample')}, epoch {m['best_epoch']}")]
     without = m["test_accuracy_without_repeats"]
     if without is None:
         said.append(("", "every test sample was trained on too: this says nothing about new ones"))

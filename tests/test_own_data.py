@@ -345,3 +345,13 @@ def test_drift_is_silent_on_the_other_half_and_fires_on_inverted_pictures_and_ot
     assert "unknown words" in look("text-reviews", own / "german.csv")
     assert "none shown" in look("text-reviews", own / "reviews.csv")
     assert look("text-reviews", "a good film") == "", "nothing can be said of a few"
+
+
+def test_a_test_part_of_one_class_has_a_report_without_roc_curves(
+        tmp_path, monkeypatch, undrawn, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of_shapes(tmp_path / "few", 6, ("ring", "star"))
+    run = dld.train("images", data="few", epochs=1, report="short", **OWN)
+    assert metrics_of(run.folder)["test_samples"] == 1
+    assert (run.folder / "report.html").exists() and not (run.folder / "roc_pr.png").exists()
+    assert "1 sample, epoch 1" in capsys.readouterr().out
