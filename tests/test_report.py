@@ -312,6 +312,13 @@ def test_of_one_epoch_none_is_said_to_be_chosen(digits, epochs):
     assert ("best epoch" in str(blocks[1])) == (epochs > 1)
 
 
+def test_passes_are_counted_in_the_batches_that_there_were(digits):
+    config = small("mnist", limit=60, batch_size=64)
+    data, m = dld.build_dataset(digits, config), {"train_samples": 4, "epochs": 2}
+    assert ("2 steps of up to 64 samples, 2 times as many as the training part has"
+            in dld.say_recipe(data, dataclasses.asdict(config), m, steps=2))
+
+
 def test_what_was_skipped_ends_in_dots_only_where_more_reasons_follow():
     skipped = [(f"{i}.png", f"reason {i}") for i in range(5)]
     assert dld.say_skipped(skipped[:4]).endswith("1 reason 3")
