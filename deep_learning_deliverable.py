@@ -5821,8 +5821,8 @@ def plot_roc(curves: dict[str, tuple[np.ndarray, ...]], path: Path, title: str) 
         left.plot([0, 1], [0, 1], ":", color=GREY)
         for name, (fall_out, recall, precision, found) in curves.items():
             below = skmetrics.auc(fall_out, recall), (-np.diff(found) * precision[:-1]).sum()
-            left.plot(fall_out, recall, linewidth=1.3, label="{} ({:.3f}, {:.3f})".format(
-                name, *below))
+            left.plot(fall_out, recall, linewidth=1.3, label=" {} ({:.3f}, {:.3f})".format(
+                name, *below))  # a blank first: legends leave out what begins with _
             right.plot(found, precision, linewidth=1.3)
         left.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
         right.set(title="precision and recall", xlabel="recall", ylabel="precision")
