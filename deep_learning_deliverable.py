@@ -3165,7 +3165,8 @@ class ImageData:
         if place.is_dir():
             files = [path for path in list_files(place)
                      if path.suffix.lower() in PICTURE_ENDINGS and path.is_file()]
-        yield from map(Given, map(str, files), cls.read_all(files, meta))
+        names = (clean_name(str(path)) for path in files)
+        yield from map(Given, names, cls.read_all(files, meta))
 
     @classmethod
     def read_labelled(cls, config: Config, meta: Meta, say: Any) -> tuple[Iterator[Given], Skipped]:
@@ -3613,7 +3614,7 @@ class TextData:
         place, ending = Path(argument), Path(argument).suffix.lower()
         # Not Path's own methods, which raise an error where a sentence is too long for a name.
         if os.path.isdir(argument):
-            yield from (Given(str(path), read_text(path)) for path in list_files(place)
+            yield from (Given(clean_name(str(path)), read_text(path)) for path in list_files(place)
                         if path.suffix.lower() == ".txt" and path.is_file())
         elif os.path.exists(argument) and ending in TABLE_ENDINGS:
             yield from open_table(place, meta)
@@ -8477,7 +8478,10 @@ def check_output(output: Path, taken: list[Path]) -> None:
     why = ("a folder; name a file" if output.is_dir() else
            "no such folder" if not output.absolute().parent.is_dir() else
            "an input, or a file of the run; name another" if output.exists() and any(
-               os.path.isfile(each) and output.samefile(each) for each in taken) else "")
+               os.path.isfile(each) and output.samefile(each) for each in taken) else
+           # Under another ending may lie one of the pictures or texts of a folder that is read.
+           "what is written is CSV; name it .csv" if output.suffix.lower() not in ("", ".csv")
+           else "")
     if why:
         raise UsageError(f"--output {output}: {why}")
 

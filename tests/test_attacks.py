@@ -318,6 +318,9 @@ def test_names_that_are_no_unicode_are_cleaned_where_they_come_in(
     assert classes == ["'=HYPERLINK(1)", r"a\x1b[31m b", "café"], "and no formula"
     assert {row["true"] for row in rows_of(run / "predictions.csv")} == {*classes}
     assert dld.read_config(run / "config.json")["output_dir"] == "out\udce9"
+    said(capsys, "--predict", "names", "--run", run, "--output", "p.csv")
+    assert {row["name"].split("/")[1] for row in rows_of(tmp_path / "p.csv")} == {
+        "café", r"a\x1b[31m b", "=HYPERLINK(1)"}
     rows = [f'{{"text": "film {i} \\ud800", "label": "\\udc00{i % 2}"}}' for i in range(40)]
     (tmp_path / "half.jsonl").write_text("\n".join(rows))
     said(capsys, *start("text", "half.jsonl"))

@@ -241,6 +241,7 @@ RUNS = [
     (edit("metrics.json", dataset=5), "--compare run .", "dataset is 5"),
     (write("history.csv", "a,b\n1,2\n"), "--compare run .", "not a run folder of this version"),
     (nothing, f"{LOOK} --output picture.png", "an input, or a file of the run; name another"),
+    (nothing, f"{LOOK} --output table.xlsx", "what is written is CSV; name it .csv"),
     (nothing, f"{LOOK} --output run/model.pt", "an input, or a file of the run; name another"),
     (lose("checkpoint.pt"), MORE, "checkpoint.pt is not there"),
     (write("checkpoint.pt", flip), MORE, "checkpoint.pt is damaged"),
