@@ -4112,7 +4112,8 @@ def list_samples(root: Path, kind: int) -> tuple[list[SampleFile], Skipped]:
         part = PART_NAMES.get(folders.pop(0).lower(), "") if in_parts and folders else ""
         called, fits = clean_name(path.as_posix()), name.lower().endswith(endings)
         if not folders or (in_parts and not part):  # it lies beside the folders of the classes
-            skipped += [(called, "in no class of train, val or test")] * (in_parts and fits)
+            where = "in no class" + " of train, val or test" * in_parts
+            skipped += [(called, where)] * fits
         elif not fits:
             skipped.append((called, f"its ending is not that of {what}"))
         elif not (root / path).is_file():
@@ -4379,8 +4380,8 @@ def read_cells(text: str, separators: str, skipped: Skipped) -> pd.DataFrame:
         if unclosed:
             skipped.append((f"row {row}", f"a quote that is never closed (line {line})"))
         elif any(map(str.strip, cells[width:])):
-            skipped.append((f"row {row}", f"{len(cells)} cells, where the first line has {width} "
-                            f"(line {line})"))
+            skipped.append((f"row {row}", f"with {len(cells)} cells, where the first line has "
+                            f"{width} (line {line})"))
         else:
             good[row] = (cells + [None] * width)[:width]
     return pd.DataFrame([*good.values()], [*good], names, dtype=object)

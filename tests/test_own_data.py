@@ -89,7 +89,8 @@ def test_parts_that_somebody_named_are_kept_and_a_class_missing_in_one_shifts_no
 
 def test_unreadable_files_are_skipped_and_the_others_stay_with_their_labels(tmp_path):
     root = folder_of_shapes(tmp_path / "around" / "shapes", 40)  # as archives have it
-    bad = {"ring/broken.jpg": b"\xff\xd8 no picture", "star/empty.png": b"", "star/a.txt": b"hello"}
+    bad = {"ring/broken.jpg": b"\xff\xd8 no picture", "star/empty.png": b"", "star/a.txt": b"hello",
+           "beside.png": b"in no class"}
     for name, blob in {**bad, "ring/._1.png": b"of a Mac"}.items():
         (root / name).write_bytes(blob)
     raw = read("images", tmp_path / "around", tmp_path)
