@@ -100,6 +100,12 @@ def test_mcnemar_agrees_with_counting_coin_throws(a, b):
     assert dld.mcnemar(one, one) == 1.0
 
 
+def test_the_same_data_has_not_drifted_from_itself():
+    same = {"share of unknown words": (torch.arange(300) % 3).float() / 3,  # of texts of 3 words
+            "confidence": 1 - 10.0 ** torch.linspace(-3, -9, 300, dtype=torch.float64)}
+    assert not dld.measure_drift(dld.quantiles_of(same), same)["drifted"].any()
+
+
 def test_multiply_adds_are_what_the_layers_do():
     meta = {"kind": "image", "model": "classic", "channels": 3, "side": 32,
             "classes": list("abcdefghij"), "dropout": 0.5}
