@@ -1174,7 +1174,8 @@ def fit(state: TrainState, context: Context) -> None:
                 if config.schedule == "constant" or context.affordable:
                     break
                 if len(state.plan) == 1:  # the rate falls to its end, which is worth some points
-                    state.plan += [(state.steps, state.steps + math.ceil(state.steps / 4))]
+                    end = min(state.total(), state.steps + math.ceil(state.steps / 4))
+                    state.plan += [(state.steps, end)]
             bar.set_description(f"epoch {state.epoch + 1}")
             train_epoch(state, stepper, context, bar)
             close_epoch(state, context)

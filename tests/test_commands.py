@@ -399,9 +399,10 @@ def test_what_a_budget_decided_is_repeated_without_a_clock(digits):
     assert not math.isnan(first.history[-1]["val_loss"]), "the end is always measured"
 
 
-def test_a_stalled_run_goes_through_the_rest_of_its_schedule(digits):
-    config = small("mnist", limit=100, width=16, batch_size=20, epochs=30, schedule="linear")
-    config = dataclasses.replace(config, patience=2, lr=1e-9)  # nothing becomes better
+@pytest.mark.parametrize(("epochs", "left"), [(30, 1.5), (7, 1)])
+def test_a_stalled_run_goes_through_the_rest_of_its_schedule(digits, epochs, left):
+    config = small("mnist", limit=100, width=16, batch_size=20, epochs=epochs, schedule="linear")
+    config = dataclasses.replace(config, patience=5, lr=1e-9)  # nothing becomes better
     data, machine = dld.build_dataset(digits, config), dld.start_machine(config)
     state, _ = dld.start_training(data, config, machine)
     for module in state.model.modules():
@@ -409,8 +410,10 @@ def test_a_stalled_run_goes_through_the_rest_of_its_schedule(digits):
             module.momentum = 0.0  # nor do means and deviations
     dld.fit(state, dld.Context(config, data, machine, dld.Checkpointer()))
     stalled, total = state.plan[-1]
-    assert stalled == 3 * data.epoch_steps(config), "the first epoch is the best"
-    assert state.steps == total == stalled + math.ceil(stalled / 4) and state.done == 1
+    epoch = data.epoch_steps(config)
+    assert stalled == 6 * epoch, "the first epoch is the best"
+    assert state.steps == total == stalled + math.ceil(left * epoch) and state.done == 1
+    assert total <= epochs * epoch, "no more than was asked for"
     assert state.history[-1]["learning_rate"] < 0.5 * config.lr
 
 
