@@ -6741,15 +6741,15 @@ def network_of(m: Meta) -> tuple[str, str]:
 
 def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     """How the network was trained."""
-    size = settings["batch_size"]
+    epoch = data.epoch_steps(Config(**settings))  # its batches are alike: none is a small rest
+    size = len(data.parts["train"]) / epoch
     optimizer = {"adamw": "AdamW", "muon": "Muon for filters and AdamW for the rest"}
-    # The last step of an epoch may have fewer samples.
-    passes = steps / max(1, data.epoch_steps(Config(**settings)))
-    times = f"{passes:.2g} times as many".removeprefix("1 times ")
+    passes = f"{steps / epoch:{'.2g' if steps < 10 * epoch else ',.0f'}}"
+    times = f"{passes} times as many".removeprefix("1 times ")
     alike = ", in which each class counts alike" * (settings["class_weights"] == "balanced")
-    said = (f"Trained for {plural(steps, 'step')} of up to {size:,} samples, {times} as the "
-            f"training part has, with {optimizer[settings['optimizer']]}, minimising "
-            f"cross-entropy{alike}. The learning rate is at most {settings['lr']:g}; it "
+    said = (f"Trained for {plural(steps, 'step')} of {size:,.0f} samples, {times} as the training "
+            f"part has, with {optimizer[settings['optimizer']]}, minimising cross-entropy{alike}. "
+            f"The learning rate is at most {settings['lr']:g}; it "
             f"{SCHEDULES[settings['schedule']]}.")
     if "ended" in m:
         said += f" The training was {m['ended']}: the rate has not reached its end."
@@ -6757,7 +6757,7 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
         said += (f" It ended early, after {m['epochs']} of {settings['epochs']} epochs: validation "
                  "did not become better for long" + ", and then the rate fell to its end"
                  * (settings["schedule"] != "constant" and not m.get("seconds_budget")) + ".")
-    if len(data.unlabelled) and steps > data.epoch_steps(Config(**settings)):
+    if len(data.unlabelled) and steps > epoch:
         said += (f" Before the labelled texts it learnt from the phrase model's opinions on "
                  f"{len(data.unlabelled):,} unlabelled ones.")
     return said + say_regularisation(data.meta, settings)

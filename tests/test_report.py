@@ -319,6 +319,14 @@ def test_passes_are_counted_in_the_batches_that_there_were(digits):
             in dld.say_recipe(data, dataclasses.asdict(config), m, steps=2))
 
 
+def test_as_many_samples_are_said_to_be_trained_on_as_there_were(digits):
+    config = small("mnist", limit=60, epochs=2, batch_size=40)  # two batches of 30
+    data = dld.build_dataset(digits, config)
+    for steps, times in ((3, "1.5"), (4, "2"), (240, "120")):
+        text = dld.say_recipe(data, dataclasses.asdict(config), {"epochs": 2}, steps)
+        assert text.startswith(f"Trained for {steps} steps of 30 samples, {times} times as many")
+
+
 def test_what_was_skipped_ends_in_dots_only_where_more_reasons_follow():
     skipped = [(f"{i}.png", f"reason {i}") for i in range(5)]
     assert dld.say_skipped(skipped[:4]).endswith("1 reason 3")
