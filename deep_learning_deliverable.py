@@ -6743,7 +6743,7 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     """How the network was trained."""
     epoch = data.epoch_steps(Config(**settings))  # its batches are alike: none is a small rest
     size = len(data.parts["train"]) / epoch
-    optimizer = {"adamw": "AdamW", "muon": "Muon for filters and AdamW for the rest"}
+    optimizer = {"adamw": "AdamW", "muon": "Muon for filters and Nesterov momentum for the rest"}
     passes = f"{steps / epoch:{'.2g' if steps < 10 * epoch else ',.0f'}}"
     times = f"{passes} times as many".removeprefix("1 times ")
     alike = ", in which each class counts alike" * (settings["class_weights"] == "balanced")
@@ -6775,7 +6775,8 @@ def say_regularisation(meta: Meta, settings: Meta) -> str:
         (f"dropout of {settings['dropout']:g}", drops(meta) and settings["dropout"]),
         (f"{settings['word_dropout']:.0%} of the words made unknown",
          meta["kind"] == "text" and settings["word_dropout"]),
-        (f"weight decay of {settings['weight_decay']:g}", settings["weight_decay"])) if there]
+        (f"weight decay of {settings['weight_decay']:g}",
+         settings["optimizer"] == "adamw" and settings["weight_decay"])) if there]
     varied = [VARIED[key].format(value) for key, value in meta["augment"].items()]
     said = f" Against overfitting: {', '.join(held)}." if held else ""
     return said + (f" Training pictures are varied at random: {', '.join(varied)}."
@@ -6868,7 +6869,8 @@ def settings_in_use(settings: Meta, meta: Meta) -> dict[str, str]:
     foreign = {each.name for each in dataclasses.fields(Config)
                if each.metadata.get("kind", meta["kind"]) != meta["kind"]
                or (official and each.metadata["help"].startswith("your own"))
-               or (each.name == "dropout" and not drops(meta))}
+               or (each.name == "dropout" and not drops(meta))
+               or (each.name == "weight_decay" and settings["optimizer"] != "adamw")}
     used = {key: value for key, value in settings.items() if key not in foreign and value != ""}
     if "steps" in used:
         used["steps"] = used["steps"].rpartition(":")[2]
@@ -7237,7 +7239,7 @@ def references(evaluation: Evaluation, settings: Meta) -> dict[str, Work]:
     m, kinds = evaluation.metrics, " ".join(evaluation.layers.get("kind", ()))
     text = evaluation.data.meta["kind"] == "text"
     used = {settings["task"]: not m["stand_in"], m["model"]: True, "attention": text,
-            "wide": "deep_accuracy" in m, "muon": settings["optimizer"] == "muon", "adamw": True,
+            "wide": "deep_accuracy" in m, settings["optimizer"]: True,
             "batchnorm": "BatchNorm" in kinds, "smoothing": settings["label_smoothing"] > 0,
             "temperature": True, "gradcam": "Conv2d" in kinds and not text,
             "integrated": text or "Conv2d" not in kinds, "wilson": True, "newcombe": True,

@@ -327,6 +327,15 @@ def test_as_many_samples_are_said_to_be_trained_on_as_there_were(digits):
         assert text.startswith(f"Trained for {steps} steps of 30 samples, {times} times as many")
 
 
+def test_a_network_that_muon_trains_is_not_said_to_know_adamw(shapes):
+    config = small("cifar10", limit=60)
+    data, settings = dld.build_dataset(shapes, config), dataclasses.asdict(config)
+    assert config.optimizer == "muon" and settings["weight_decay"]
+    text = dld.say_recipe(data, settings, {"epochs": config.epochs}, steps=4)
+    assert "Muon" in text and "AdamW" not in text and "weight decay" not in text
+    assert "--weight-decay" not in dld.settings_in_use(settings, data.meta)
+
+
 def test_what_was_skipped_ends_in_dots_only_where_more_reasons_follow():
     skipped = [(f"{i}.png", f"reason {i}") for i in range(5)]
     assert dld.say_skipped(skipped[:4]).endswith("1 reason 3")
