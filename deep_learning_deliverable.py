@@ -6693,7 +6693,7 @@ RESULT_FORMATS = {
     "true class among the first two": "{test_top2_accuracy:.2%}"}
 COST_FORMATS = {
     "time in all": "{seconds_total:,.0f} s, {seconds_training:,.0f} s of it training",
-    "training speed": "{samples_per_second:,.0f} samples/s, validation included",
+    "training speed": "{samples_per_second:,.0f} samples/s, without validation",
     "one prediction": "{latency_ms:.2f} ms, {multiply_adds:,} multiply-adds",
     "size on disk": "{model_mb:.2f} MiB", "device": "{device}",
     "most memory, on the GPU or else of the process": "{peak_memory_mb:,.0f} MiB"}

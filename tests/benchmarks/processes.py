@@ -6,7 +6,7 @@
 
 The second: how long summing gradients takes by itself. The first: each task's own network, the same
 settings for both, in turn, so that a machine that slows down slows both. Time: that of the training
-alone, validation included, as metrics.json has it.
+alone, without validation, as metrics.json has it.
 """
 import argparse
 import json
