@@ -2055,9 +2055,12 @@ def find_repeats(data: Dataset, prints: dict[str, Tensor], before: Tensor) -> li
     return found
 
 
-def find_near_repeats(data: Dataset, exact: set[int]) -> list[dict[str, Any]]:
-    """Test samples that nearly are training samples."""
-    rows = torch.tensor([row for row in data.parts["test"].tolist() if row not in exact])
+def find_near_repeats(data: Dataset, repeats: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Test samples that nearly are training samples, but for those that exactly are."""
+    test = dict.fromkeys(data.parts["test"].tolist())
+    # Of two copies within the test part both may be near ones.
+    exact = {each["row"] for each in repeats if each["other_row"] not in test}
+    rows = torch.tensor([row for row in test if row not in exact])
     seen = torch.cat((data.parts["train"], data.parts["val"]))
     return [issue("near repeat", "test", row, int(data.labels[row]), other,
                   int(data.labels[other]), value)
@@ -8159,8 +8162,7 @@ def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut, prints: dict
     return_freed_memory()
     samples, temperature = data.samples, data.meta["temperature"]
     m |= {f"{part}_content_sha256": short_hash(prints[part].numpy()) for part in PARTS}
-    issues = find_repeats(data, prints, learnt_before)
-    exact = {each["row"] for each in issues}
+    issues = [*(repeats := find_repeats(data, prints, learnt_before))]
     y, probs = data.labels[held_out.rows], probabilities(held_out.logits, temperature)
     doubts = find_suspect_labels(held_out.rows, "train" if held_out.histories else "val", y, probs)
     m["doubted_labels"] = len(doubts)
@@ -8170,7 +8172,7 @@ def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut, prints: dict
     issues += [issue("empty", part, row, int(data.labels[row])) for part in PARTS
                for row in samples.blank_rows(data.parts[part]).tolist()]
     if level == "full":
-        issues += find_near_repeats(data, exact)
+        issues += find_near_repeats(data, repeats)
     if level != "minimal":
         m["baseline"], rival = samples.baseline(data)
         m |= paired_gain(evaluation.right, rival == evaluation.y, "baseline")

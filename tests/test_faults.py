@@ -33,12 +33,22 @@ def test_a_planted_leak_is_found_and_hardly_anything_else(shapes, reviews, task,
 
     def find(x):
         data = dld.build_dataset(dataclasses.replace(raw, x=x, packed=None), small(task))
-        return {(each["row"], each["other_row"]) for each in dld.find_near_repeats(data, set())}
+        return {(each["row"], each["other_row"]) for each in dld.find_near_repeats(data, [])}
 
     found, usual = find(leak(raw)), find(raw.x)
     planted = {(raw.n_train + i, i) for i in range(40)}
     assert len(found & planted) >= 38
     assert len(found - planted - usual) <= 2 and len(usual) <= 10
+
+
+def test_of_two_copies_in_the_test_part_both_nearly_repeat_a_training_text(reviews):
+    first = reviews.n_train
+    x = [*reviews.x[:first], *[f"{reviews.x[0]} indeed"] * 2, *reviews.x[first + 2:]]
+    data = dld.build_dataset(dataclasses.replace(reviews, x=x, packed=None), small("sentiment"))
+    prints = {part: data.samples.identities(data.parts[part]) for part in dld.PARTS}
+    repeats = dld.find_repeats(data, prints, torch.empty(0, dtype=torch.int64))
+    found = {each["row"] for each in dld.find_near_repeats(data, repeats)}
+    assert {first, first + 1} <= found
 
 
 PATTERNS = np.random.default_rng(5).integers(0, 256, (4, 1, 12, 12))
