@@ -6534,19 +6534,25 @@ def say_curves(history: pd.DataFrame, best_epoch: int, judge: str = "val_accurac
     return text + more
 
 
-def say_difference(meta: Meta, settings: Meta, m: Meta) -> str:
+def say_difference(data: Dataset, settings: Meta, m: Meta) -> str:
     """What else has to be known to read the curves."""
+    meta = data.meta
     harder = [word for word, there in (
         ("dropout", settings["dropout"] and drops(meta)),
         ("smoothed targets", settings["label_smoothing"]),
+        ("weights of the classes", settings["class_weights"] == "balanced"),
         ("varied pictures", meta["kind"] == "image" and meta["augment"])) if there]
     said = (f" Training figures are running means, measured with {' and '.join(harder)}: so they "
             "can look worse than validation.") if harder else ""
     if 0 < m["val_samples"] < 30:
         said += (f" Validation has {plural(m['val_samples'], 'sample')}: too few to tell how good "
                  "an epoch is.")
+    if len(data.unlabelled):
+        said += " On texts without labels, training is measured by the phrase model's opinions" + (
+            "." if data.beside is None else "; on the others, with the wide part beside it.")
     if "deep_share" in m:
-        return said + " The curves are the network's own: the wide part joined it afterwards."
+        whose = "The curves are" if data.beside is None else "Validation is"
+        return f"{said} {whose} the network's own: the wide part joined it afterwards."
     return said + (" The curves see each picture once; all other figures average several views of "
                    "those that are unsure." if meta["views"] else "")
 
@@ -6840,7 +6846,7 @@ def write_report(folder: Path, evaluation: Evaluation, figures: dict[str, Block 
         "Training": [
             figure("training_curves", say_curves(evaluation.history, m["best_epoch"],
                                                  judged_by(settings["class_weights"]),
-                                                 say_difference(meta, settings, m))),
+                                                 say_difference(evaluation.data, settings, m))),
             figure("folds", f"Cross-validation with {m['folds']} folds, accuracy {say_folds(m)}."
                    if evaluation.folds else "")],
         "Ablation": report_parts(evaluation, figure),

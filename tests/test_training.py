@@ -41,6 +41,18 @@ def with_unlabelled(reviews):
     return dataclasses.replace(reviews, x=[*reviews.x, *reviews.x[:600]], packed=None)
 
 
+def test_the_report_says_what_training_figures_are_measured_against(reviews):
+    m = {"val_samples": 50, "deep_share": 0.5}
+    for raw, said in ((reviews, "The curves are the network's own"),
+                      (with_unlabelled(reviews), "on the others, with the wide part beside it. "
+                                                 "Validation is the network's own")):
+        config = small("sentiment", limit=150, epochs=2, class_weights="balanced")
+        data = dld.build_dataset(raw, config)
+        dld.start_training(data, config, dld.start_machine(config))
+        text = dld.say_difference(data, dataclasses.asdict(config), m)
+        assert said in text and "weights of the classes" in text
+
+
 @pytest.mark.parametrize(("task", "precision"), [("cifar10", "fp32"), ("mnist", "bf16"),
                                                  ("sentiment", "fp16")])
 def test_one_seed_gives_the_same_bits_and_another_does_not(task, precision, request):
