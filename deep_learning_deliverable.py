@@ -1088,7 +1088,7 @@ class TrainState:
         return {"format": STATE_FORMAT, **{name: getattr(self, name) for name in self.PLAIN},
                 **{name: getattr(self, name).state_dict() for name in self.STATEFUL},
                 "noise": self.noise.get_state(), "random": group.gather(random),
-                "sums": group.sum(self.sums).cpu()}
+                "sums": group.sum(self.sums).cpu(), "rate": float(self.optimizer.rate)}
 
     def restore(self, values: dict[str, Any], group: DistributedContext) -> None:
         """Go on from what was captured, perhaps by another number of processes."""
@@ -1096,6 +1096,8 @@ class TrainState:
             setattr(self, name, values[name])
         for name in self.STATEFUL:
             getattr(self, name).load_state_dict(values[name])
+        # The history notes it, if only the end of an epoch is left.
+        self.optimizer.set_rate(values.get("rate", self.optimizer.lr))
         # What all had summed goes on in one of them.
         sums = values["sums"].clone() if group.is_leader else torch.zeros(2)
         self.sums = sums.to(self.sums.device)
