@@ -113,6 +113,14 @@ def test_wrong_labels_repeats_and_empty_samples_are_found_by_cross_validation(
     torch.testing.assert_close(after["weights"], before["weights"], atol=0, rtol=0)
 
 
+def test_the_accuracy_of_the_folds_is_that_of_both_parts_of_a_network(tmp_path, undrawn):
+    assert dld.main(["--task", "sentiment", "--data", "offline", "--limit", "180", "--epochs", "1",
+                     "--folds", "2", "--report", "minimal", "--device", "cpu", "--output-dir",
+                     str(tmp_path)]) == 0
+    metrics = metrics_of(next(tmp_path.iterdir()))
+    assert metrics["val_accuracy"] == pytest.approx(metrics["folds_accuracy"])
+
+
 def test_folds_hold_each_training_sample_once_and_never_a_test_sample(digits):
     config = small("mnist", folds=5)
     data = dld.build_dataset(digits, config)
