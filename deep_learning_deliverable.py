@@ -7316,9 +7316,10 @@ def read_run(run: Path) -> tuple[Meta, np.ndarray, pd.DataFrame]:
         history = pd.read_csv(run / "history.csv")
         # Equal for runs that were tested on the same samples, which can be compared in pairs.
         metrics["kind"] = TASKS[metrics["task"]].kind
-        # Of pictures not the pixels: runs may differ in the size that they were brought to.
+        # Of pictures their names: runs may differ in the size that they were brought to.
         content = metrics["test_content_sha256"] if metrics["kind"] == "text" else ""
-        metrics["test"] = hash((metrics["dataset"], content, *tested["row"], *tested["true"]))
+        metrics["test"] = hash((metrics["dataset"], content, *tested["row"], *tested["true"],
+                                *tested.get("name", ())))
         if missing := {*COMPARED_FORMATS, "model", "stand_in"} - {"label"} - metrics.keys():
             raise ValueError(f"{min(missing)} is missing")
         for key, (_, form) in COMPARED_FORMATS.items():

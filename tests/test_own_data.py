@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -233,6 +234,15 @@ def own(tmp_path_factory):
                 "output_dir": str(place / "outputs"), "epochs": 1, "width": 16, "batch_size": 20,
                 "report": "minimal", **OWN}, dld.Log())
     return place
+
+
+def test_pictures_of_other_names_are_not_the_same_samples(own, tmp_path):
+    run = own / "outputs" / "images-shapes"
+    other = shutil.copytree(run, tmp_path / "other")
+    table = other / "predictions.csv"
+    assert dld.read_run(run)[0]["test"] == dld.read_run(other)[0]["test"]
+    table.write_text(table.read_text("utf-8").replace("circle/", "circle/new-"), "utf-8")
+    assert dld.read_run(run)[0]["test"] != dld.read_run(other)[0]["test"]
 
 
 @pytest.mark.parametrize("run, name", [("images-shapes", "circle/"), ("text-reviews", "row ")])
