@@ -1140,11 +1140,13 @@ class TrainState:
         """How long nothing has become better."""
         return self.epoch - int(self.best["epoch"]) if self.best else 0
 
-    @property
-    def stalled(self) -> int:
-        """What --patience looks at: nothing is better than all right, which counts four times."""
-        perfect = [row["epoch"] for row in self.history if row["val_accuracy"] == 1]
-        return 4 * (self.epoch - int(perfect[0])) if perfect else self.epochs_since_best
+
+def epochs_stalled(history: list[dict[str, float]], best: dict[str, float]) -> float:
+    """What --patience looks at: nothing is better than all right, which counts four times."""
+    perfect = [row["epoch"] for row in history if row["val_accuracy"] == 1]
+    if perfect:
+        return 4 * (len(history) - perfect[0])
+    return len(history) - best["epoch"] if best else 0
 
 
 @dataclass
@@ -1172,7 +1174,7 @@ def fit(state: TrainState, context: Context) -> None:
                                 [(0, data.steps_of(config))])
     with progress_bar(state.total(), " steps", hidden=not group.is_leader) as bar:
         while state.steps < state.total():
-            if config.patience and state.stalled >= config.patience:
+            if config.patience and epochs_stalled(state.history, state.best) >= config.patience:
                 if config.schedule == "constant" or context.affordable:
                     break
                 if len(state.plan) == 1:  # the rate falls to its end, which is worth some points
@@ -8320,7 +8322,7 @@ def resume(run: Path, given: Meta, log: Log) -> None:
     metrics = run / "metrics.json"
     if saved and metrics.exists() and read_json(metrics).get("status") == "finished":
         checkpoint = load_file(run / "checkpoint.pt", STATE_FORMAT)
-        done, stale = checkpoint["epoch"], checkpoint["epoch"] - checkpoint["best"]["epoch"]
+        done, stale = checkpoint["epoch"], epochs_stalled(checkpoint["history"], checkpoint["best"])
         early = done < saved["epochs"] and not saved["steps"] and "epochs" not in given
         if given.get("epochs", 0 if saved["steps"] else saved["epochs"]) <= done:
             raise UsageError(f"{run} has finished its {done} epochs; give more --epochs to train "

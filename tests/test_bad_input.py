@@ -247,6 +247,8 @@ RUNS = [
     (write("checkpoint.pt", flip), MORE, "checkpoint.pt is damaged"),
     (change("checkpoint.pt", best={"epoch": 1, "val_accuracy": 0.5, "val_loss": 1.0}),
      f"{MORE} --patience 1", "stopped early by --patience; give --patience 0"),
+    (change("checkpoint.pt", history=[{"epoch": 1, "val_accuracy": 1.0}] * 2),
+     f"{MORE} --patience 4", "stopped early by --patience; give --patience 0"),
     (edit("config.json", width=64), MORE, "does not fit its config.json"),
     (edit("config.json", flavour="red"), MORE, "unknown setting 'flavour'"),
 ]
