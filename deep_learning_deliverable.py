@@ -134,6 +134,11 @@ except ModuleNotFoundError as missing:
         raise
     sys.exit(f"error: the package {missing.name!r} is not installed; try: "
              "pip install torch torchvision scikit-learn matplotlib seaborn numpy tqdm")
+except KeyboardInterrupt:  # importing takes seconds, before main can say it
+    if __name__ != "__main__":
+        raise
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 # Importing pandas, scipy and scikit-learn takes a while, and --help uses none of them.

@@ -62,6 +62,14 @@ def test_the_one_file_trains_in_an_empty_folder_and_says_no_warning(tmp_path):
     assert "stand-in" in done.stdout.splitlines()[-1]
 
 
+def test_ctrl_c_while_packages_are_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n", "utf-8")
+    shutil.copy(SCRIPT, tmp_path)
+    done = subprocess.run([sys.executable, SCRIPT.name], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_no_network_ends_in_the_stand_in_or_in_exit_3_and_a_budget_says_what_it_bought(
         tmp_path, undrawn, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
