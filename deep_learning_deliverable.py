@@ -2406,7 +2406,7 @@ class Evaluation:
     data: Dataset
     history: pd.DataFrame  # an epoch a row
     logits: Tensor  # of the test part
-    layers: pd.DataFrame = field(default_factory=pd.DataFrame)  # of the network, one a row
+    layers: pd.DataFrame = field(default_factory=lambda: pd.DataFrame())  # one a row
     issues: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(issue("", "", 0, 0), [])[:0])
     deletion: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # curves of the test
     folds: dict[str, pd.DataFrame] = field(default_factory=dict)  # the history of each

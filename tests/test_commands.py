@@ -43,7 +43,7 @@ import random, sys, torch
 before = torch.get_rng_state(), random.getstate()
 import deep_learning_deliverable as dld
 assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
-heavy = {"matplotlib", "seaborn", "sklearn", "torchvision"} & set(sys.modules)
+heavy = {"matplotlib", "pandas", "scipy", "seaborn", "sklearn", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
 dld.FIGURE_DPI = 50
 sys.exit(dld.main("--task mnist --data offline --dry-run --report minimal".split()))
