@@ -7852,6 +7852,7 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
         budget = TimeBudget(time.perf_counter() - IMPORT_SECONDS)
         config, machine, raw, data = prepare(given, saved, log, group, budget)
         state, said = start_training(data, config, machine)
+        interrupt.deferring = True  # from here on it is said how to go on
         if group.is_leader and not into:
             into = fresh_path(Path(config.output_dir) / folder_name(config, data.stand_in_slug),
                               lambda path: make_run_folder(path, config))
@@ -7964,11 +7965,12 @@ def train_and_report(run: Run) -> None:
     state, interrupt, held_out = run.state, run.context.checkpointer.interrupt, None
     status = "failed"
     try:
-        interrupt.deferring = True
         if run.config.folds:
             held_out = cross_validate(run)
         fit(state, run.context)
         interrupt.deferring = False
+        if interrupt.requested:  # after the last step
+            raise KeyboardInterrupt
         evaluate_and_write(run, held_out)
         status = "failed" if run.lost else "finished"
     except (Interrupted, Diverged) as problem:

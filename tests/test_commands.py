@@ -257,6 +257,22 @@ def test_interrupted_runs_save_and_report_and_go_on(tmp_path, undrawn, monkeypat
     assert pd.read_csv(run / "history.csv")["epoch"].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(("where", "over"), [("print_start", "0 epochs and 1 step"),
+                                             ("log_epoch", "1 epoch")])
+def test_ctrl_c_before_the_first_step_and_after_the_last_is_not_lost(
+        where, over, tmp_path, undrawn, monkeypatch, capsys):
+    real = getattr(dld, where)
+    monkeypatch.setattr(dld, where, lambda *given: (
+        real(*given), signal.raise_signal(signal.SIGINT)))
+    assert dld.main([*MNIST, "--epochs", "1", "--batch-size", "30",
+                     "--output-dir", str(tmp_path)]) == 130
+    run = tmp_path / "mnist-offline-digits"
+    assert f"Stopped after {over}, of 1 epoch. Continue with" in capsys.readouterr().out
+    assert metrics_of(run)["status"] == "interrupted"
+    monkeypatch.undo()
+    assert dld.main(["--resume", str(run)]) == 0
+
+
 def test_an_interrupted_run_with_a_budget_goes_on_with_the_report_that_it_planned(
         tmp_path, undrawn, monkeypatch):
     monkeypatch.setattr(dld, "measure_speed", lambda data, config, *others, **more: (
