@@ -7984,8 +7984,9 @@ def train_and_report(run: Run) -> None:
         run.metrics["status"] = status
         run.write_metrics()
         if status != "finished":
-            run.log(f"\nStopped after {state.progress}, of {plural(run.config.epochs, 'epoch')}. "
-                    f"Continue with:\n  {this_command()} --resume {quoted(run.folder)}")
+            planned = f", of {plural(run.config.epochs, 'epoch')}" * (not run.config.steps)
+            run.log(f"\nStopped after {state.progress}{planned}. Continue with:\n  "
+                    f"{this_command()} --resume {quoted(run.folder)}")
 
 
 def cross_validate(run: Run) -> HeldOut:
@@ -8040,7 +8041,9 @@ def report_what_there_is(run: Run, how: str) -> None:
     if config.folds or not (state.best or (state.seen and how == "interrupted")):
         return  # without validation nothing can be fitted, without a sound epoch nothing shown
     place = f"after {epoch} of {plural(config.epochs, 'epoch')}"
-    if step:
+    if config.steps:
+        place = f"after {state.steps:,} of {plural(state.total(), 'step')}"
+    elif step:
         place = f"in epoch {epoch + 1} of {config.epochs}, after {plural(step, 'step')}"
     run.metrics["ended"] = f"{how} {place}"
     if not state.best:

@@ -257,6 +257,16 @@ def test_interrupted_runs_save_and_report_and_go_on(tmp_path, undrawn, monkeypat
     assert pd.read_csv(run / "history.csv")["epoch"].tolist() == [1, 2]
 
 
+def test_of_a_run_with_steps_that_was_interrupted_no_epochs_are_said_to_have_been_planned(
+        tmp_path, undrawn, monkeypatch, capsys):
+    monkeypatch.setattr(dld, "log_epoch", lambda *_: signal.raise_signal(signal.SIGINT))
+    assert dld.main([*MNIST, "--steps", "8", "--batch-size", "30",
+                     "--output-dir", str(tmp_path)]) == 130
+    assert "Stopped after 1 epoch and 1 step. Continue" in capsys.readouterr().out
+    ended = metrics_of(tmp_path / "mnist-offline-digits")["ended"]
+    assert ended == "interrupted after 5 of 8 steps"
+
+
 @pytest.mark.parametrize(("where", "over"), [("print_start", "0 epochs and 1 step"),
                                              ("log_epoch", "1 epoch")])
 def test_ctrl_c_before_the_first_step_and_after_the_last_is_not_lost(
