@@ -9303,8 +9303,11 @@ class Search:
         from optuna.visualization import matplotlib as plots
         for name, plot in (("search", plots.plot_optimization_history),
                            ("search_importance", plots.plot_param_importances)):
-            # Optuna changes the style of all figures. Too few results to tell are an error.
-            with pyplot.rc_context(), contextlib.suppress(RuntimeError, ValueError):
+            # Optuna changes the style of all figures. Too few results to tell are an error; of one
+            # it warns, and shows all settings as equally important.
+            with (pyplot.rc_context(), contextlib.suppress(RuntimeError, ValueError, UserWarning),
+                  warnings.catch_warnings()):
+                warnings.filterwarnings("error", "The number of trials is too small")
                 figure: Any = plot(study, target_name="validation accuracy").figure
                 figure.set_layout_engine("tight")
                 write_atomically(self.folder / f"{name}.png", functools.partial(

@@ -82,6 +82,13 @@ def test_figures_of_a_search_are_drawn(tmp_path, monkeypatch):
     assert (folder / "search.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_trial_shows_no_setting_to_be_important(tmp_path, monkeypatch, recwarn):
+    monkeypatch.undo()
+    assert dld.main([*QUICK, "--search", "1", "--output-dir", str(tmp_path)]) == 0
+    assert {path.name for path in (tmp_path / NAME).glob("*.png")} == {"search.png"}
+    assert not [each for each in recwarn if "too small" in str(each.message)]
+
+
 def test_two_processes_share_a_study_and_a_later_one_goes_on(tmp_path, capsys):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     flags = [*QUICK, "--storage", url, "--output-dir", str(tmp_path), "--search"]
