@@ -3226,8 +3226,10 @@ def read_picture(source: Any, meta: Meta, formats: tuple[str, ...] | None = None
     warnings.filterwarnings("ignore", module="PIL")  # what matters comes as an error
     side, grey = meta["side"], meta["channels"] == 1
     try:
-        if isinstance(source, np.ndarray):
-            if source.dtype != np.uint8 or source.ndim not in (2, 3) or not source.size:
+        if not isinstance(source, str | os.PathLike | Image.Image) and not hasattr(source, "read"):
+            source = np.asarray(source)  # a tensor too
+            if source.dtype != np.uint8 or source.ndim not in (2, 3) or not (
+                    source.size and source.shape[2:] < (5,)):
                 raise ValueError(f"an array {source.dtype} {list(source.shape)}; give uint8, 0 to "
                                  "255, [H, W] or [H, W, C]")
             source = Image.fromarray(source[..., 0] if source.shape[2:] == (1,) else source)
@@ -3628,7 +3630,8 @@ class TextData:
     def read_inputs(argument: Any, meta: Meta) -> Iterator[Given]:
         """The text itself, or the texts of a file, table or folder."""
         if not isinstance(argument, str):
-            raise UsageError(f"--predict {type(argument).__name__}: this run's model reads texts")
+            raise UsageError(f"--predict {type(argument).__name__}: this run's model reads texts; "
+                             "give one, or a list of them")
         place, ending = Path(argument), Path(argument).suffix.lower()
         # Not Path's own methods, which raise an error where a sentence is too long for a name.
         if os.path.isdir(argument):
@@ -9562,7 +9565,7 @@ class Result:
 
         Of several, give a list. With explain=True a notebook also shows why.
         """
-        inputs = given if isinstance(given, list | tuple) else [given]
+        inputs = given if isinstance(given, list | tuple | pd.Series) else [given]
         inputs = [os.fspath(each) if isinstance(each, os.PathLike) else each for each in inputs]
         return isolate_notebook(lambda: predict_in_notebook(self.predictor, inputs, explain))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, dld, metrics_of
@@ -225,11 +226,11 @@ def test_predicting_pictures_however_they_come(run, digits, tmp_path, capsys):
     Image.fromarray(x[0]).save(file)
     coloured = np.dstack([x[2]] * 3 + [np.full((28, 28), 255, np.uint8)])
     before = torch.get_rng_state()
-    found = run["mnist"].predict([file, Image.fromarray(x[1]), coloured])
+    found = run["mnist"].predict([file, torch.from_numpy(x[1]), coloured])
     assert torch.equal(before, torch.get_rng_state())
     assert found.drop(columns="name").equals(
-        run["mnist"].predict([*x[..., None]]).drop(columns="name"))
-    assert [*found["name"]] == [str(file), "Image", "ndarray"]
+        run["mnist"].predict([x[0], Image.fromarray(x[1]), x[2, ..., None]]).drop(columns="name"))
+    assert [*found["name"]] == [str(file), "Tensor", "ndarray"]
     shares = found.filter(like="p_")
     assert shares.shape == (3, 10) and np.allclose(shares.sum(axis=1), 1)
     assert (found["confidence"] == shares.max(axis=1)).all()
@@ -248,8 +249,13 @@ def test_predicting_texts_with_reasons(run, tmp_path, monkeypatch):
     attention, evidence = (each.data for each in shown)
     assert "worse" in attention and "worse" in evidence and "<i>" not in attention + evidence
     assert attention != evidence
-    for task, given, line in (("sentiment", ["fine", 3], "int: this run's model reads texts"),
-                              ("mnist", np.zeros((4, 4)), "ndarray: not a picture that can be")):
+    assert run["sentiment"].predict(pd.Series(["fine", "good"], [7, 9])).equals(
+        run["sentiment"].predict(["fine", "good"]))
+    for task, given, line in (
+            ("sentiment", ["fine", 3], "int: .* texts; give one, or a list of them"),
+            ("mnist", np.zeros((4, 4)), r"ndarray: not .* array float64 \[4, 4\]; give uint8"),
+            ("mnist", np.zeros((3, 28, 28), np.uint8), r"ndarray: .* \[3, 28, 28\]; give uint8"),
+            ("mnist", 3, r"int: .* \(an array int64 \[\]; give uint8")):
         with pytest.raises(dld.Failure, match=f"predict {line}"):
             run[task].predict(given)
 
