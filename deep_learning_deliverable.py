@@ -9584,6 +9584,8 @@ def predict_in_notebook(ready: Predictor, inputs: list[Any], explain: bool) -> p
     if ready.problems:
         name, why = ready.problems[0]
         raise UsageError(f"predict {name}: {why}")
+    if ready.kind is TextData and "attention" in ready.doubted:
+        print(f"WARNING  the words that weighed most are attention's, and {DOUBT}")
     if ready.meta["stand_in"]:
         print(f"Note: this model was trained on {ready.meta['dataset']}.")
     return pd.concat(tables, ignore_index=True)

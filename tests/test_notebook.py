@@ -238,7 +238,7 @@ def test_predicting_pictures_however_they_come(run, digits, tmp_path, capsys):
     assert "stand-in" in capsys.readouterr().out
 
 
-def test_predicting_texts_with_reasons(run, tmp_path, monkeypatch):
+def test_predicting_texts_with_reasons(run, tmp_path, monkeypatch, capsys):
     display, shown = pytest.importorskip("IPython.display"), []
     monkeypatch.setattr(display, "display", shown.append)
     one = run["sentiment"].predict("a <b>wonderful</b> film")
@@ -251,6 +251,13 @@ def test_predicting_texts_with_reasons(run, tmp_path, monkeypatch):
     assert attention != evidence
     assert run["sentiment"].predict(pd.Series(["fine", "good"], [7, 9])).equals(
         run["sentiment"].predict(["fine", "good"]))
+    monkeypatch.setattr(run["sentiment"].predictor, "doubted", [])
+    capsys.readouterr()
+    run["sentiment"].predict("fine")
+    assert "WARNING" not in capsys.readouterr().out
+    monkeypatch.setattr(run["sentiment"].predictor, "doubted", ["attention"])
+    run["sentiment"].predict("fine")
+    assert f"attention's, and {dld.DOUBT}\n" in capsys.readouterr().out
     for task, given, line in (
             ("sentiment", ["fine", 3], "int: .* texts; give one, or a list of them"),
             ("mnist", np.zeros((4, 4)), r"ndarray: not .* array float64 \[4, 4\]; give uint8"),
