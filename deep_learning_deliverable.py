@@ -9114,6 +9114,8 @@ def serve(runs: list[Path], given: Meta, log: Log, host: str = "127.0.0.1",
           port: int = 8000) -> None:
     """Answer requests for predictions until Ctrl-C."""
     refuse_settings(given, "serve", ("device", "precision"))
+    if in_notebook():  # whose own event loop is running already
+        raise UsageError("--serve: a notebook cannot serve by %run; use !python instead")
     require("--serve", "fastapi", "uvicorn")
     named = {clean_name(run.resolve().name): run for run in runs}
     # Behind 0.0.0.0 any name may lead here; else this machine's own, and the one that was given.

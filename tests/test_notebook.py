@@ -40,6 +40,7 @@ CHECKS = {  # name -> cell
     "figure": "run.figures['training_curves']", "report": "run.report",
     "load": "run = dld.load('outputs/mnist-offline-digits')\nrun.metrics['test_accuracy']",
     "wrong flag": "%run deep_learning_deliverable.py --task mnist --epochs 0",
+    "wrong job": "%run deep_learning_deliverable.py --serve --run outputs/mnist-offline-digits",
     "wrong keyword": "dld.train('mnist', epoch=3)",
     "no picture": "run.predict('cat.png')",
     "no figure": "run.figures['training_curve']",
@@ -104,7 +105,7 @@ def test_no_cell_shows_a_traceback_or_writes_to_stderr(cells):
             assert each.output_type != "error" or (
                 name.startswith(("wrong", "no ")) and len(each.traceback) == 1
                 and "\n" not in each.traceback[0]), each
-        assert said(outputs, "stderr") == "" or name == "wrong flag", name
+        assert said(outputs, "stderr") == "" or name in ("wrong flag", "wrong job"), name
 
 
 def test_the_command_line_works_from_a_cell(cells):
@@ -139,6 +140,8 @@ def test_results_show_themselves(cells):
 def test_a_problem_is_one_line(cells):
     wrong, = cells["wrong flag"]
     assert wrong.text == "error: --epochs 0: must be at least 1 and at most 1000000\n"
+    assert [each.text for each in cells["wrong job"]] == [
+        "error: --serve: a notebook cannot serve by %run; use !python instead\n"]
     for name, line in (
             ("wrong keyword", "error: train has no epoch= (did you mean epochs?)"),
             ("no picture", "error: predict cat.png: no such file; this run's model reads pictures"),
