@@ -9524,7 +9524,8 @@ class Result:
 
     def __init__(self, folder: Path) -> None:
         check_run(folder)
-        self.folder, self.metrics = folder, read_json(folder / "metrics.json")
+        # Absolute: a later %cd must not lose it.
+        self.folder, self.metrics = folder.absolute(), read_json(folder / "metrics.json")
         if "test_accuracy" not in self.metrics:
             raise UsageError(f"{folder} has not finished; go on with "
                              f"train(resume={in_quotes(folder)})")

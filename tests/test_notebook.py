@@ -199,9 +199,12 @@ def test_bad_keywords_are_one_line(asked, line, tmp_path, monkeypatch):
     assert problem.value.__context__ is None and not list(tmp_path.iterdir())
 
 
-def test_a_run_from_disk_with_its_figures_and_report(run):
+def test_a_run_from_disk_with_its_figures_and_report(run, monkeypatch):
     pytest.importorskip("IPython")
-    one, folder = run["mnist"], run["mnist"].folder
+    folder = run["mnist"].folder
+    monkeypatch.chdir(folder.parent)
+    one = dld.load(folder.name)
+    monkeypatch.chdir(folder)  # as by %cd in a later cell
     assert one.metrics == metrics_of(folder) and os.fspath(one) == str(folder)
     assert f"{one.metrics['test_accuracy']:.2%}" in repr(one) and "\n" not in repr(one)
     assert {name: figure.data for name, figure in one.figures.items()} == {
