@@ -5004,7 +5004,7 @@ def printable(text: str) -> str:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """' (did you mean x?)' when something known is close, else nothing."""
-    close = difflib.get_close_matches(str(word), list(known), 1)
+    close = difflib.get_close_matches(str(word), list(known), 1, 0.7)  # less: gpu, for cpu
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -9627,7 +9627,8 @@ def train_from_keywords(asked: dict[str, Any], log: Log) -> Result:
     known = [*SETTINGS, "resume", "config"]
     for key, value in asked.items():
         if key not in known:
-            raise UsageError(f"train has no {key}={nearest(key, known)}")
+            raise UsageError(f"train has no {key}=; use %run with {flag_name(key)}" if key in JOBS
+                             else f"train has no {key}={nearest(key, known)}")
         asked[key] = value.item() if isinstance(value, np.generic) else (
             os.fspath(value) if isinstance(value, os.PathLike) else value)
         if key in ("resume", "config") and not isinstance(asked[key], str):

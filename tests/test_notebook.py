@@ -185,6 +185,8 @@ def test_two_trainings_are_alike_and_leave_nothing_behind(tmp_path, undrawn, cap
 
 @pytest.mark.parametrize(("asked", "line"), [
     ({"epoch": 3}, "train has no epoch= (did you mean epochs?)"),
+    ({"seeds": 3}, "train has no seeds=; use %run with --seeds"),
+    ({"device": "gpu"}, "device gpu: choose from auto, cpu, cuda, mps"),
     ({"epochs": "3"}, "epochs takes a whole number, got '3'"),
     ({"task": "all"}, "task all: train them one after another: "
                       "cifar10, mnist, sentiment, images, text"),
