@@ -400,6 +400,19 @@ def test_onnx_is_one_file_with_a_free_number_of_samples_and_standard_operations(
     assert sum(node.op_type == "LSTM" for node in model.graph.node) == 4
 
 
+def test_the_readme_tells_how_to_use_what_was_exported(runs, export):
+    folder, *_ = {export("cifar10", form).parent for form in FORMS}
+    readme = (ROOT / "README.md").read_text("utf-8").partition("--export onnx")[2]
+    code = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    code = code.replace("outputs/cifar10", folder.as_posix()).replace(
+        "\n\n", "\nsaid = facts, probabilities\n\n")
+    names = {}
+    exec(code, names)
+    first, second = names["said"], (names["facts"], names["probabilities"].detach().numpy())
+    assert first[0] == second[0] and "arrow" in first[0]["classes"]
+    np.testing.assert_allclose(first[1], second[1], atol=1e-4)
+
+
 def test_what_cannot_be_kept_is_one_line_and_the_file_before_it_stays(
         runs, export, monkeypatch, capsys):
     path, run, honest = export("mnist", "pt2"), runs["mnist"], dld.Standalone.forward
