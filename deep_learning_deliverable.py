@@ -8233,8 +8233,8 @@ def print_summary(run: Run) -> None:
                      f"{m['wide_accuracy']:.2%}"))
     if run.budget.seconds and run.config.report != "full":
         lacks = "a baseline, the tests" if run.config.report == "minimal" else "some tests"
-        said.append(("Left out", f"{lacks} of explanations and near repeats, for lack of time; "
-                     "--report full takes it"))
+        said.append(("Left out", f"{lacks} of explanations and near repeats; "
+                     "--report full takes the time for it"))
     said += [(f"{m['folds']} folds", say_folds(m))] if "folds" in m else []
     said += [("Baseline", line) for line in others]
     said += [("Time", f"{m['seconds_total']:.0f} s, {m['seconds_training']:.0f} s of it training")]

@@ -92,6 +92,7 @@ def test_no_network_ends_in_the_stand_in_or_in_exit_3_and_a_budget_says_what_it_
     assert "WARNING" in said and "stand-in" in said.splitlines()[-1]
     said = " ".join(said.split())
     assert "the budget buys --width 1024" in said and "about 2 epochs" in said
+    assert "near repeats; --report full takes" in said, "not that half an hour was too little"
     run = Path("outputs/mnist-offline-digits")
     config, metrics = json.loads((run / "config.json").read_text("utf-8")), metrics_of(run)
     assert (config["budget"], config["width"], metrics["seconds_budget"]) == ("", 1024, 1800)
