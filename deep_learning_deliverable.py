@@ -33,12 +33,12 @@ Contents, with the line where each section begins:
      7  Data ......................... 2726
      8  Tasks ........................ 4689
      9  Machine ...................... 4966
-    10  Figures ...................... 5730
-    11  Report ....................... 6114
-    12  Runs ......................... 7414
-    13  Using a model ................ 8405
-    14  Search and notebook .......... 9150
-    15  Command line ................. 9650
+    10  Figures ...................... 5735
+    11  Report ....................... 6119
+    12  Runs ......................... 7418
+    13  Using a model ................ 8409
+    14  Search and notebook .......... 9154
+    15  Command line ................. 9654
 """
 
 # /// script
@@ -5022,6 +5022,11 @@ def plural(n: int, one: str, many: str = "") -> str:
     return f"{n:,} {one if n == 1 else many or one + 's'}"
 
 
+def roughly(n: float) -> str:
+    """1.5, 27, 120: of few two digits."""
+    return f"{n:.2g}" if n < 10 else f"{n:,.0f}"
+
+
 def shorten(words: Sequence[str], width: int = 60) -> str:
     """A list for people, cut where it gets too long."""
     return textwrap.shorten(", ".join(words), width, placeholder=" ...")
@@ -5647,10 +5652,10 @@ class TimeBudget:
         size = [*LADDERS.get(config.model, [(0, {})])[0][1]][:1]
         bought = [f"{flag_name(key)} {getattr(config, key)}" for key in size]
         bought += [f"--report {config.report}"] * (config.report != "full")
-        epochs = data.steps_of(config) / data.epoch_steps(config)
+        epochs = roughly(data.steps_of(config) / data.epoch_steps(config))
         text = (f"about {format_seconds(min(self.seconds, self.spent + rest))} here: "
                 f"{'this' if self.usual[0] else 'the'} budget buys {' '.join([*bought, ''])}"
-                f"and about {epochs:.2g} epochs")
+                f"and about {epochs} epoch{'s' * (epochs != '1')}")
         if self.usual[0]:
             text += (f"; --epochs {self.usual[1]} trains the whole recipe, in about "
                      f"{format_seconds(self.usual[0])}")
@@ -6765,8 +6770,7 @@ def say_recipe(data: Dataset, settings: Meta, m: Meta, steps: int) -> str:
     epoch = data.epoch_steps(Config(**settings))  # its batches are alike: none is a small rest
     size = len(data.parts["train"]) / epoch
     optimizer = {"adamw": "AdamW", "muon": "Muon for filters and Nesterov momentum for the rest"}
-    passes = f"{steps / epoch:{'.2g' if steps < 10 * epoch else ',.0f'}}"
-    times = f"{passes} times as many".removeprefix("1 times ")
+    times = f"{roughly(steps / epoch)} times as many".removeprefix("1 times ")
     alike = ", in which each class counts alike" * (settings["class_weights"] == "balanced")
     said = (f"Trained for {plural(steps, 'step')} of {size:,.0f} samples, {times} as the training "
             f"part has, with {optimizer[settings['optimizer']]}, minimising cross-entropy{alike}. "

@@ -468,6 +468,7 @@ def test_what_no_flag_limits_takes_twenty_minutes_at_most(digits, monkeypatch):
     assert seconds == 1200 and "about 20 min here: this budget buys --width 512" in said
     assert re.search(r"; --epochs 60 trains the whole recipe, in about \d", said)
     assert prepare(epochs=60)[0] == prepare(width=512)[0] == 0
+    assert [*map(dld.roughly, (1.0, 1.46, 9.96, 120.4))] == ["1", "1.5", "10", "120"]
 
 
 def make_stripes():
