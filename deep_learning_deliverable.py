@@ -34,11 +34,11 @@ Contents, with the line where each section begins:
      8  Tasks ........................ 4689
      9  Machine ...................... 4966
     10  Figures ...................... 5735
-    11  Report ....................... 6119
-    12  Runs ......................... 7418
+    11  Report ....................... 6120
+    12  Runs ......................... 7419
     13  Using a model ................ 8409
-    14  Search and notebook .......... 9154
-    15  Command line ................. 9654
+    14  Search and notebook .......... 9160
+    15  Command line ................. 9660
 """
 
 # /// script
@@ -5804,7 +5804,8 @@ def plot_curves(history: pd.DataFrame, best_epoch: int, path: Path, title: str) 
 def legend_below(figure: Any, title: str | None = None) -> None:
     """One legend for all axes, in as many columns as fit."""
     lines, names = figure.axes[0].get_legend_handles_labels()
-    columns = max(1, min(4, 100 // (max(map(len, names)) + 8)))  # about 100 letters
+    letters = 12.5 * figure.get_figwidth()  # of a line
+    columns = max(1, min(4, int(letters // (max(map(len, names)) + 8))))
     figure.legend(lines, names, loc="outside lower center", ncols=columns, title=title)
 
 
@@ -5869,7 +5870,7 @@ def plot_balance(counts: dict[str, np.ndarray], classes: list[str], path: Path,
         axes.set(xlabel="samples")
         axes.grid(visible=False, axis="y")
         axes.set_ylim(len(classes) - 0.5, -0.5)
-        figure.legend(loc="outside lower center", ncols=3)
+        legend_below(figure)
 
 
 def plot_lengths(lengths: np.ndarray, read: int, path: Path, title: str) -> None:
@@ -6049,7 +6050,7 @@ def plot_reliability(before: pd.DataFrame, after: pd.DataFrame, path: Path, titl
                        yerr=np.abs(ends - after["accuracy"].to_numpy()), markersize=4,
                        label="after it, 95% interval")
         upper.set(ylabel="share that is right", ylim=(-0.03, 1.03))
-        figure.legend(loc="outside lower center", ncols=2)  # inside it covers points
+        legend_below(figure)  # inside it covers points
         lower.bar(after["low"], after["samples"], after["high"] - after["low"], align="edge",
                   color=BLUE, edgecolor="white")
         lower.set(xlabel="confidence of the prediction", ylabel="samples", xlim=(0, 1))
@@ -7880,8 +7881,7 @@ def train_run(given: Meta, log: Log, saved: Meta | None = None, into: Path | Non
         run.context.on_epoch = functools.partial(log_epoch, run)
         if budget.seconds:
             most = data.steps_of(replace(config, steps="")) if "epochs" in given else sys.maxsize
-            run.context.affordable = lambda state: min(
-                most, budget.affordable(data, config, state))
+            run.context.affordable = lambda state: min(most, budget.affordable(data, config, state))
             budget.probe = functools.partial(time_prediction, run)
         if config.tensorboard and group.is_leader:
             run.tensorboard = TensorBoard(folder / "tensorboard", state.epoch)
@@ -8192,13 +8192,13 @@ def add_checks(run: Run, evaluation: Evaluation, held_out: HeldOut, prints: dict
     return_freed_memory()
     samples, temperature = data.samples, data.meta["temperature"]
     m |= {f"{part}_content_sha256": short_hash(prints[part].numpy()) for part in PARTS}
-    issues = [*(repeats := find_repeats(data, prints, learnt_before))]
+    repeats = find_repeats(data, prints, learnt_before)
     y, probs = data.labels[held_out.rows], probabilities(held_out.logits, temperature)
     doubts = find_suspect_labels(held_out.rows, "train" if held_out.histories else "val", y, probs)
     m["doubted_labels"] = len(doubts)
     doubts = doubts[:most_wrong_labels(y, probs)] if len(y) else []
     m["suspect_labels"] = len(doubts)
-    issues += doubts
+    issues = [*repeats, *doubts]
     issues += [issue("empty", part, row, int(data.labels[row])) for part in PARTS
                for row in samples.blank_rows(data.parts[part]).tolist()]
     if level == "full":
@@ -8432,6 +8432,12 @@ class Predictor:
                     and not passes_test(self.metrics, name)]
         return []
 
+    @property
+    def words_doubted(self) -> str:
+        """What stands beside the words that weighed most, if attention failed its test."""
+        said = f"WARNING  the words that weighed most are attention's, and {DOUBT}"
+        return said * ("attention" in self.doubted)
+
     def pack(self, samples: Sequence[Any]) -> Samples:
         """Samples as `kind.read_inputs` gives them, ready to be cut into batches."""
         return self.kind(self.kind.pack(samples), self.meta).to(self.machine.device)
@@ -8564,8 +8570,8 @@ def predict(arguments: list[str], run: Path, given: Meta, log: Log, output: Path
         written = [output, *written]
     if found > MOST_LINES:
         log(f"... and {found - MOST_LINES:,} more; --output predictions.csv writes all of them")
-    if ready.kind is TextData and not output and "attention" in ready.doubted:
-        log(f"WARNING  the words that weighed most are attention's, and {DOUBT}")
+    if ready.words_doubted and not output:
+        log(ready.words_doubted)
     for name in ready.doubted if explain else ():
         log(f"WARNING  {EXPLANATIONS[name][0]}: {DOUBT}")
     for name, why in ready.problems[:5]:
@@ -9591,8 +9597,8 @@ def predict_in_notebook(ready: Predictor, inputs: list[Any], explain: bool) -> p
     if ready.problems:
         name, why = ready.problems[0]
         raise UsageError(f"predict {name}: {why}")
-    if ready.kind is TextData and "attention" in ready.doubted:
-        print(f"WARNING  the words that weighed most are attention's, and {DOUBT}")
+    if ready.words_doubted:
+        print(ready.words_doubted)
     if ready.meta["stand_in"]:
         print(f"Note: this model was trained on {ready.meta['dataset']}.")
     return pd.concat(tables, ignore_index=True)
